@@ -1,0 +1,2 @@
+// Package tap opens a TAP device inside a network namespace and is its gVisor link endpoint.
+package tap
