@@ -1,0 +1,540 @@
+package forwarder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Inbound is a published port: where the host listens, and where in the guest
+// its clients are led to.
+type Inbound struct {
+	Proto uint8 // TCP or UDP
+	// FDs are sockets made by [Listen] or [ListenUnix], of either family.
+	FDs []int
+	// Guest4 and Guest6 are where clients of each family are led to. If one
+	// is missing, its clients go to the other, and come from the gateway.
+	Guest4, Guest6 netip.AddrPort
+	// Own is set where these are addresses of the guest itself, so that
+	// Inside can reach them.
+	Own bool
+}
+
+// Inside makes TCP sockets in the guest's own network namespace. It is used by
+// the engine alone, and never blocks.
+type Inside interface {
+	// FD is readable when there are answers.
+	FD() int
+	// Dial asks for a non-blocking socket that connects to an address of the
+	// guest and seems to come from another; Flush sends what was asked for.
+	Dial(id uint32, from, to netip.AddrPort) error
+	Flush() error
+	// Receive hands over the answers that are there.
+	Receive(got func(id uint32, fd int, errno unix.Errno)) error
+	Close()
+}
+
+// inboundTable holds what the host publishes.
+type inboundTable struct {
+	f     *Forwarder
+	ports map[uint64]*inboundPort
+	last  uint64 // id
+
+	inside           Inside // nil: everything goes through netstack
+	inside4, inside6 bool
+	insideSlot       int32
+	dials            map[uint32]insideDial
+	lastDial         uint32
+	paused           []*listener
+
+	flows map[*spliceFlow]struct{}
+	// draining and half are what they are of a tcpTable.
+	draining map[*spliceFlow]time.Time
+	half     map[*spliceFlow]time.Time
+	pipes    pipePool
+
+	udp udpInTable
+
+	noRoute6 atomic.Bool // the guest has no IPv6 default route
+}
+
+// inboundPort is one published port.
+type inboundPort struct {
+	Inbound
+	listeners []*listener
+	sockets   []*udpSocket
+}
+
+// maxInsideDials bounds the sockets that are asked for. Clients beyond wait in
+// the listeners' queues.
+const maxInsideDials = 256
+
+// insideDial is a client that waits for its socket.
+type insideDial struct {
+	fd       int
+	client   netip.AddrPort
+	from, to netip.AddrPort
+	born     time.Duration
+}
+
+func (t *inboundTable) init(f *Forwarder) {
+	t.f = f
+	t.ports = make(map[uint64]*inboundPort)
+	t.dials = make(map[uint32]insideDial)
+	t.flows = make(map[*spliceFlow]struct{})
+	t.draining = make(map[*spliceFlow]time.Time)
+	t.half = make(map[*spliceFlow]time.Time)
+	t.udp.init(f)
+}
+
+// UseInside has published TCP ports served by sockets inside the namespace, for
+// the families given. The forwarder closes in when it has ended.
+func (f *Forwarder) UseInside(ctx context.Context, in Inside, four, six bool) error {
+	t := &f.inbound
+	var failed error
+	err := f.Do(ctx, func() {
+		slot, err := f.poll.add(in.FD(), unix.EPOLLIN, insideEvents{t})
+		if err != nil {
+			failed = err
+			return
+		}
+		t.inside, t.insideSlot, t.inside4, t.inside6 = in, slot, four, six
+	})
+	if err == nil {
+		err = failed
+	}
+	if err != nil {
+		in.Close()
+	}
+	return err
+}
+
+// Publish publishes a port and returns its id. The sockets are the forwarder's
+// from now on, whatever is returned.
+func (f *Forwarder) Publish(ctx context.Context, in Inbound) (id uint64, err error) {
+	if doErr := f.Do(ctx, func() { id, err = f.inbound.publish(in) }); doErr != nil {
+		for _, fd := range in.FDs {
+			unix.Close(fd)
+		}
+		return 0, doErr
+	}
+	return id, err
+}
+
+// Unpublish ends a published port. Its TCP connections go on, its UDP flows end.
+func (f *Forwarder) Unpublish(ctx context.Context, id uint64) error {
+	found := false
+	err := f.Do(ctx, func() {
+		var p *inboundPort
+		if p, found = f.inbound.ports[id]; found {
+			delete(f.inbound.ports, id)
+			p.close(f)
+		}
+	})
+	if err == nil && !found {
+		err = fmt.Errorf("forwarder: unpublish: there is no port %d", id)
+	}
+	return err
+}
+
+func (t *inboundTable) publish(in Inbound) (uint64, error) {
+	p := &inboundPort{Inbound: in}
+	for i, fd := range in.FDs {
+		var err error
+		if in.Proto == UDP {
+			err = t.udp.open(p, fd)
+		} else {
+			l := &listener{t: t, port: p, fd: fd}
+			if l.slot, err = t.f.poll.add(fd, unix.EPOLLIN, l); err == nil {
+				p.listeners = append(p.listeners, l)
+			}
+		}
+		if err != nil {
+			p.close(t.f)
+			for _, rest := range in.FDs[i:] {
+				unix.Close(rest)
+			}
+			return 0, err
+		}
+	}
+	t.last++
+	t.ports[t.last] = p
+	return t.last, nil
+}
+
+func (p *inboundPort) close(f *Forwarder) {
+	for _, l := range p.listeners {
+		l.closed = true
+		f.poll.remove(l.slot)
+		unix.Close(l.fd)
+	}
+	for _, s := range p.sockets {
+		f.inbound.udp.close(s)
+	}
+}
+
+// listener is a listening TCP or unix socket.
+type listener struct {
+	t      *inboundTable
+	port   *inboundPort
+	fd     int
+	slot   int32
+	paused bool
+	closed bool
+}
+
+// acceptBatch is how many clients of one listener are let in before anything
+// else gets its turn.
+const acceptBatch = 32
+
+// ready implements pollee.
+func (l *listener) ready(uint32) {
+	t := l.t
+	for range acceptBatch {
+		if len(t.dials) >= maxInsideDials {
+			l.pause()
+			break
+		}
+		var ra rawAddr
+		fd, errno := rawAccept(l.fd, &ra)
+		if errno == unix.EMFILE || errno == unix.ENFILE || errno == unix.ENOBUFS || errno == unix.ENOMEM {
+			// The client stays in the queue, and would wake us at once.
+			l.pause()
+			t.f.sweepIn(pauseTime)
+			break
+		}
+		if errno == unix.ECONNABORTED || errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 {
+			break
+		}
+		t.admit(l.port, fd, ra.get())
+	}
+	if t.inside != nil {
+		t.checkInside(t.inside.Flush())
+	}
+}
+
+// pauseTime is how long a listener rests when there are no descriptors left.
+const pauseTime = 100 * time.Millisecond
+
+// pause lets clients wait in the kernel's queue.
+func (l *listener) pause() {
+	if !l.paused && l.watch(0) {
+		l.paused = true
+		l.t.paused = append(l.t.paused, l)
+	}
+}
+
+func (l *listener) watch(events uint32) bool {
+	ev := unix.EpollEvent{Events: events, Fd: l.slot, Pad: l.t.f.poll.slots[l.slot].gen}
+	return epollCtl(l.t.f.poll.fd, unix.EPOLL_CTL_MOD, l.fd, &ev) == nil
+}
+
+// resume lets clients in again.
+func (t *inboundTable) resume() {
+	for _, l := range t.paused {
+		l.paused = false
+		if !l.closed {
+			l.watch(unix.EPOLLIN)
+		}
+	}
+	t.paused = t.paused[:0]
+}
+
+// admit leads a client to the guest. A client on a unix socket has no address.
+func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
+	to := p.to(client.Addr())
+	from := t.seen(client, to.Addr())
+	inside := t.inside != nil && p.Own && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)
+	if !inside {
+		t.f.tcp.dialGuest(fd, client, t.routed(from), to)
+		return
+	}
+	t.lastDial++
+	t.dials[t.lastDial] = insideDial{fd, client, from, to, t.f.clock()}
+	t.checkInside(t.inside.Dial(t.lastDial, from, to))
+}
+
+// to is where in the guest a client goes.
+func (p *inboundPort) to(client netip.Addr) netip.AddrPort {
+	if client.Is6() && p.Guest6.IsValid() || !p.Guest4.IsValid() {
+		return p.Guest6
+	}
+	return p.Guest4
+}
+
+// seen is the address that a client has for the guest: its own, but that of the
+// gateway where the guest could not answer it, or would take it for one of its
+// own. With port 0 any will do.
+func (t *inboundTable) seen(client netip.AddrPort, guest netip.Addr) netip.AddrPort {
+	a := client.Addr()
+	known := a.IsValid() && a.Is4() == guest.Is4() && !a.IsLoopback() && !a.IsLinkLocalUnicast() && !a.IsUnspecified()
+	for _, v := range t.f.policy.cfg.Virtual {
+		known = known && !v.Contains(a)
+	}
+	if known {
+		return netip.AddrPortFrom(a.WithZone(""), client.Port())
+	}
+	return t.gateway(client, guest)
+}
+
+// gateway puts the gateway's address in the place of a client's.
+func (t *inboundTable) gateway(client netip.AddrPort, guest netip.Addr) netip.AddrPort {
+	for _, g := range t.f.policy.cfg.Gateways {
+		if g.Is4() == guest.Is4() {
+			return netip.AddrPortFrom(g, client.Port())
+		}
+	}
+	return client
+}
+
+// routed is the address that a client has for a guest whose answers leave by
+// its interface: without a default route for IPv6, only the gateway's will do.
+func (t *inboundTable) routed(from netip.AddrPort) netip.AddrPort {
+	if from.Addr().Is6() && t.noRoute6.Load() {
+		return t.gateway(from, from.Addr())
+	}
+	return from
+}
+
+// SetRoute6 says whether the guest has an IPv6 default route; it has one unless
+// this says otherwise.
+func (f *Forwarder) SetRoute6(on bool) { f.inbound.noRoute6.Store(!on) }
+
+// insideEvents receives the events of Inside's descriptor.
+type insideEvents struct{ t *inboundTable }
+
+// ready implements pollee.
+func (e insideEvents) ready(uint32) {
+	if e.t.inside == nil {
+		return
+	}
+	err := e.t.inside.Receive(e.t.answered)
+	if err == nil {
+		err = e.t.inside.Flush()
+	}
+	e.t.checkInside(err)
+	if len(e.t.dials) <= maxInsideDials/2 && len(e.t.paused) > 0 {
+		e.t.resume()
+	}
+}
+
+// checkInside gives up on sockets inside the namespace if err says so. Those
+// who wait for one go through netstack.
+func (t *inboundTable) checkInside(err error) {
+	if err == nil || t.inside == nil {
+		return
+	}
+	t.f.log.Warn("published ports are slower from now on", "err", err)
+	t.f.poll.remove(t.insideSlot)
+	t.inside.Close()
+	t.inside = nil
+	for id, d := range t.dials {
+		delete(t.dials, id)
+		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to)
+	}
+	t.resume()
+}
+
+// answered takes the socket that a client has waited for.
+func (t *inboundTable) answered(id uint32, fd int, errno unix.Errno) {
+	d, ok := t.dials[id]
+	if !ok {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+		return
+	}
+	delete(t.dials, id)
+	switch {
+	case fd >= 0:
+		t.join(d, fd)
+	case errno == unix.ECONNREFUSED:
+		t.f.stats.Refused.Add(1)
+		closeWithReset(d.fd)
+	default:
+		t.f.log.Debug("no socket inside for a client", "client", d.client, "err", errno)
+		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to)
+	}
+}
+
+// insideTimeout is how long a socket inside may take: a few system calls.
+const insideTimeout = 10 * time.Second
+
+var errInsideSilent = errors.New("forwarder: no answer from inside the namespace")
+
+// sweep does for published ports what it does for the guest's flows.
+func (t *inboundTable) sweep() {
+	for _, d := range t.dials {
+		if t.f.clock()-d.born > insideTimeout {
+			t.checkInside(errInsideSilent)
+			break
+		}
+	}
+	t.resume()
+	t.udp.sweep()
+	t.pipes.trim()
+	for fl, since := range t.half {
+		if t.f.now.Sub(since) >= sweepEvery {
+			keepSocketAlive(fl.host.fd)
+			keepSocketAlive(fl.guest.fd)
+			delete(t.half, fl)
+		}
+	}
+	for fl, deadline := range t.draining {
+		if unsent(fl.survivor.fd) == 0 || t.f.now.After(deadline) {
+			fl.abort()
+		}
+	}
+	if len(t.draining) > 0 {
+		t.f.sweepIn(drainPoll)
+	}
+}
+
+func (t *inboundTable) close() {
+	for id, p := range t.ports {
+		delete(t.ports, id)
+		p.close(t.f)
+	}
+	for id, d := range t.dials {
+		delete(t.dials, id)
+		closeWithReset(d.fd)
+	}
+	for fl := range t.flows {
+		fl.abort()
+	}
+	t.pipes.close()
+	if t.inside != nil {
+		t.inside.Close()
+		t.inside = nil
+	}
+}
+
+// keepSocketAlive has the kernel probe whether a socket's peer still exists.
+func keepSocketAlive(fd int) {
+	const secs = int(keepAliveAfter / time.Second)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, secs)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, secs/4)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4)
+	setInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+}
+
+// Listen opens a socket for [Inbound] on a port of the host, and returns the
+// address it has.
+func Listen(proto uint8, addr netip.AddrPort) (fd int, got netip.AddrPort, err error) {
+	typ := unix.SOCK_STREAM
+	if proto == UDP {
+		typ = unix.SOCK_DGRAM
+	}
+	fd, err = unix.Socket(family(addr.Addr()), typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, got, err
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	if addr.Addr().Is6() {
+		// What is for IPv4 has a socket of its own.
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
+			return -1, got, err
+		}
+	}
+	if proto == UDP {
+		prepareUDP(fd, addr.Addr().Is6())
+	} else {
+		prepareTCP(fd)
+	}
+	sa := sockaddr(addr)
+	if six, ok := sa.(*unix.SockaddrInet6); ok && addr.Addr().Zone() != "" {
+		if six.ZoneId, err = zoneID(addr.Addr().Zone()); err != nil {
+			return -1, got, err
+		}
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		return -1, got, err
+	}
+	if proto != UDP {
+		if err := unix.Listen(fd, backlog); err != nil {
+			return -1, got, err
+		}
+	}
+	bound, err := unix.Getsockname(fd)
+	if err != nil {
+		return -1, got, err
+	}
+	port := addr.Port()
+	switch b := bound.(type) {
+	case *unix.SockaddrInet4:
+		port = uint16(b.Port)
+	case *unix.SockaddrInet6:
+		port = uint16(b.Port)
+	}
+	return fd, netip.AddrPortFrom(addr.Addr(), port), nil
+}
+
+// backlog is how many clients wait to be let in, as far as net.core.somaxconn
+// goes.
+const backlog = 4096
+
+// prepareTCP sets what the sockets of clients inherit. A client that has gone
+// without a word is found out within a quarter of an hour.
+func prepareTCP(fd int) {
+	setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	setInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 600)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 60)
+	setInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 5)
+	setInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+}
+
+// ListenUnix opens a listening unix socket for [Inbound].
+func ListenUnix(path string) (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	if err = unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err == nil {
+		if err = unix.Listen(fd, backlog); err == nil {
+			return fd, nil
+		}
+		unix.Unlink(path)
+	}
+	unix.Close(fd)
+	return -1, err
+}
+
+func rawAccept(fd int, from *rawAddr) (int, unix.Errno) {
+	size := uint32(len(from.b))
+	r, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&from.b)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	return int(r), errno
+}
+
+// unsent returns how many bytes a socket's peer has not acknowledged.
+func unsent(fd int) int {
+	var n int32
+	_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	if errno != 0 {
+		return 0
+	}
+	return int(n)
+}
+
+func zoneID(name string) (uint32, error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0, unix.ENODEV
+	}
+	return uint32(i.Index), nil
+}
