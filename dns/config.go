@@ -1,0 +1,78 @@
+package dns
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+)
+
+// Config says what a Server serves and whom it asks. The zero value of every
+// field is usable.
+type Config struct {
+	// PacketConns and Listeners are where guests ask. Run owns them and
+	// closes them when it ends. Conns with the methods
+	// ReadFromUDPAddrPort and WriteToUDPAddrPort of net.UDPConn save an
+	// allocation per message.
+	PacketConns []net.PacketConn
+	Listeners   []net.Listener
+
+	// Upstreams are the resolvers to ask, in order of preference; port 0
+	// means 53. If there are none, those of ResolvConf are asked, as they
+	// change.
+	Upstreams []netip.AddrPort
+
+	// ResolvConf is the path of the host's resolv.conf, followed while Run
+	// runs: for its servers where Upstreams is empty and for its search
+	// domains. Empty means /etc/resolv.conf.
+	ResolvConf string
+
+	// Records are the names answered here and their addresses, in any
+	// letter case, without the final dot. PTR records follow from them.
+	Records map[string][]netip.Addr
+
+	// Permit is asked before every query to an upstream; an error keeps it
+	// from being sent. It must be quick. Nil permits all.
+	Permit func(netip.AddrPort) error
+
+	// Bind, if not nil, prepares each socket to an upstream between its
+	// making and its connecting, e.g. binds it to an address or interface.
+	Bind func(fd int, upstream netip.AddrPort) error
+
+	// Dial, if not nil, opens the connections to upstreams, network being
+	// "udp" or "tcp", and Bind is not used. It costs about twice as much
+	// per query as the Server's own way.
+	Dial func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
+
+	// MaxInFlight is how many queries may wait for upstreams; what exceeds
+	// it is answered SERVFAIL. 0 means 512.
+	MaxInFlight int
+
+	// CacheEntries and CacheBytes bound the cache. 0 means 8192 entries and
+	// 4 MiB; negative means no cache.
+	CacheEntries, CacheBytes int
+
+	// Logger gets a record when upstreams change, fail and return. Nil
+	// discards.
+	Logger *slog.Logger
+}
+
+// withDefaults fills in what was left out.
+func (c Config) withDefaults() Config {
+	if c.ResolvConf == "" {
+		c.ResolvConf = "/etc/resolv.conf"
+	}
+	if c.MaxInFlight <= 0 {
+		c.MaxInFlight = 512
+	}
+	if c.CacheEntries == 0 {
+		c.CacheEntries = 8192
+	}
+	if c.CacheBytes == 0 {
+		c.CacheBytes = 4 << 20
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
