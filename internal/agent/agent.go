@@ -1,0 +1,390 @@
+// Package agent runs usernet's helper inside a container's user and network namespaces.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/netns"
+)
+
+const (
+	// startTimeout bounds the time from the fork to the agent's first word.
+	startTimeout = 10 * time.Second
+	// requestTimeout bounds one request: all of them are a few system calls.
+	requestTimeout = 10 * time.Second
+	// closeTimeout is how long an agent has to go by itself.
+	closeTimeout = time.Second
+)
+
+// Options of an agent. The zero value works.
+type Options struct {
+	Logger *slog.Logger // nil discards
+}
+
+// An Agent is a process of this binary that works inside a network namespace,
+// with the rights of the user namespace that owns it. It ends with the process
+// that started it, however that ends.
+type Agent struct {
+	pid  int
+	log  *slog.Logger
+	done chan struct{} // closed when the process is reaped
+
+	mu   sync.Mutex // guards following; held for a request and its reply
+	conn *net.UnixConn
+	buf  []byte
+
+	reapMu sync.Mutex // guards reaped
+	reaped bool
+
+	cleanMu sync.Mutex // guards cleaner
+	cleaner *cleaner   // nil unless the agent cannot remove every file
+
+	closing sync.Once
+}
+
+// Start starts the agent of a namespace and waits until it is inside. The
+// namespace may be closed after that.
+func Start(ctx context.Context, ns *netns.Namespace, o Options) (*Agent, error) {
+	a, err := start(ctx, ns, o)
+	if err != nil {
+		return nil, fmt.Errorf("agent: attach to %s: %w", ns.Path(), explain(err, ns))
+	}
+	return a, nil
+}
+
+func start(ctx context.Context, ns *netns.Namespace, o Options) (*Agent, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if !wired.Load() {
+		// The new process would do what this one does, and start another.
+		return nil, errors.New("this program does not begin with usernet.AgentMain: call it first in main")
+	}
+	conn, theirs, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	defer null.Close()
+	c, err := newChild(agentName, environment())
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	c.null, c.socket, c.netns = int(null.Fd()), int(theirs.Fd()), int(ns.File().Fd())
+	if owner := ns.Owner(); owner != nil {
+		c.user = int(owner.Fd())
+	}
+
+	a := &Agent{log: o.Logger, done: make(chan struct{}), conn: conn, buf: make([]byte, maxMessage)}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	started := make(chan error)
+	go a.own(c, started)
+	if err := <-started; err != nil {
+		conn.Close()
+		return nil, err
+	}
+	theirs.Close() // or its end would never be seen
+	if err := a.hello(ctx); err != nil {
+		conn.Close()
+		a.kill()
+		<-a.done
+		return nil, err
+	}
+	return a, nil
+}
+
+// own starts the child and reaps it. The kernel kills the child when the thread
+// that forked it ends (PR_SET_PDEATHSIG), so this goroutine keeps one for it.
+func (a *Agent) own(c *child, started chan<- error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	pid, err := c.start()
+	a.pid = pid
+	started <- err
+	if err != nil {
+		return
+	}
+	// Wait first without reaping: until then the number is the agent's, and
+	// kill may use it.
+	for {
+		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	a.reapMu.Lock()
+	status, _ := wait(pid)
+	a.reaped = true
+	a.reapMu.Unlock()
+	a.log.Debug("agent ended", "pid", pid, "status", int(status))
+	close(a.done)
+}
+
+func (a *Agent) kill() {
+	a.reapMu.Lock()
+	defer a.reapMu.Unlock()
+	if !a.reaped {
+		_ = syscall.Kill(a.pid, syscall.SIGKILL)
+	}
+}
+
+// hello waits until the agent says that it is inside the namespace.
+func (a *Agent) hello(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = a.conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := a.conn.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
+		return err
+	}
+	r, fds, err := a.receive()
+	closeFDs(fds)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		return err
+	}
+	return r.err()
+}
+
+func (r *reply) err() error {
+	if r.Error == "" {
+		return nil
+	}
+	return &remoteError{r.Error, r.Errno}
+}
+
+// PID returns the agent's process.
+func (a *Agent) PID() int { return a.pid }
+
+// Done is closed when the agent has ended.
+func (a *Agent) Done() <-chan struct{} { return a.done }
+
+// OpenLink makes the link and hands over its far end.
+func (a *Agent) OpenLink(spec LinkSpec) (Link, error) {
+	r, fds, err := a.call(&request{Op: opLink, Link: &spec})
+	if err == nil && (r.Link == nil || len(fds) != 1) {
+		closeFDs(fds)
+		err = errors.New("the answer has no link")
+	}
+	if err != nil {
+		return Link{}, fmt.Errorf("agent: open link: %w", err)
+	}
+	r.Link.FD = fds[0]
+	return *r.Link, nil
+}
+
+// Configure gives the opened link its addresses and routes and sets it up, as
+// well as the loopback interface. Where the namespace has no IPv6 the status
+// says so; the rest is done.
+func (a *Agent) Configure(addresses Addresses) (Status, error) {
+	return a.status("configure link", &request{Op: opConfigure, Addresses: &addresses})
+}
+
+// SetUp sets the opened link and the loopback interface up and leaves addresses
+// to programs inside.
+func (a *Agent) SetUp() (Status, error) {
+	return a.status("set link up", &request{Op: opSetUp})
+}
+
+func (a *Agent) status(verb string, q *request) (Status, error) {
+	r, fds, err := a.call(q)
+	closeFDs(fds)
+	if err == nil && r.Status == nil {
+		err = errors.New("the answer has no status")
+	}
+	if err != nil {
+		return Status{}, fmt.Errorf("agent: %s: %w", verb, err)
+	}
+	return *r.Status, nil
+}
+
+// SetDefaultRoute6 sets or removes the IPv6 default route that Configure knows.
+// Without IPv6 in the namespace it does nothing.
+func (a *Agent) SetDefaultRoute6(on bool) error {
+	_, fds, err := a.call(&request{Op: opRoute6, On: on})
+	closeFDs(fds)
+	if err != nil {
+		return fmt.Errorf("agent: set IPv6 default route: %w", err)
+	}
+	return nil
+}
+
+// CleanupOnDeath names files that are to be removed if this process is killed
+// without a chance to remove them itself. They should exist: a file that another
+// process has put in the place of one of them meanwhile is left alone. Close
+// without a word removes nothing.
+func (a *Agent) CleanupOnDeath(paths []string) error {
+	absolute := make([]string, len(paths))
+	for i, p := range paths {
+		var err error
+		if absolute[i], err = filepath.Abs(p); err != nil {
+			return fmt.Errorf("agent: register file: %w", err)
+		}
+	}
+	r, fds, err := a.call(&request{Op: opCleanup, Paths: absolute})
+	closeFDs(fds)
+	if err == nil && len(r.Paths) > 0 {
+		err = a.clean(r.Paths)
+	}
+	if err != nil {
+		return fmt.Errorf("agent: register file: %w", err)
+	}
+	return nil
+}
+
+// Close ends the agent. Links that were opened stay with their owners.
+func (a *Agent) Close() error {
+	a.closing.Do(func() {
+		_, fds, _ := a.callWithin(closeTimeout, &request{Op: opBye})
+		closeFDs(fds)
+		a.mu.Lock()
+		a.conn.Close()
+		a.mu.Unlock()
+		timer := time.AfterFunc(closeTimeout, a.kill)
+		<-a.done
+		timer.Stop()
+		a.replaceCleaner(nil)
+	})
+	return nil
+}
+
+// call sends a request and waits for its reply.
+func (a *Agent) call(q *request) (*reply, []int, error) {
+	return a.callWithin(requestTimeout, q)
+}
+
+func (a *Agent) callWithin(limit time.Duration, q *request) (*reply, []int, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.conn.SetDeadline(time.Now().Add(limit)); err != nil {
+		return nil, nil, ended(err)
+	}
+	raw, err := a.conn.SyscallConn()
+	if err != nil {
+		return nil, nil, err
+	}
+	var sendErr error
+	err = raw.Write(func(fd uintptr) bool {
+		sendErr = send(int(fd), q, nil)
+		return !errors.Is(sendErr, unix.EAGAIN)
+	})
+	if err = errors.Join(err, sendErr); err != nil {
+		return nil, nil, ended(err)
+	}
+	r, fds, err := a.receive()
+	if err != nil {
+		// A late answer must not pass for that of the next request.
+		a.conn.Close()
+		return nil, nil, err
+	}
+	if err := r.err(); err != nil {
+		closeFDs(fds)
+		return nil, nil, err
+	}
+	return r, fds, nil
+}
+
+// receive reads one reply. The agent lives among the container's processes, so
+// what it says is checked like anything from there.
+func (a *Agent) receive() (*reply, []int, error) {
+	control := make([]byte, unix.CmsgSpace(maxFDs*4))
+	n, controlN, flags, _, err := a.conn.ReadMsgUnix(a.buf, control)
+	if err != nil {
+		return nil, nil, ended(err)
+	}
+	fds, err := parseFDs(control[:controlN])
+	if err != nil {
+		return nil, nil, fmt.Errorf("read descriptors: %w", err)
+	}
+	r := new(reply)
+	if err := decode(a.buf[:n], flags, r); err != nil {
+		closeFDs(fds)
+		return nil, nil, fmt.Errorf("read answer: %w", err)
+	}
+	return r, fds, nil
+}
+
+// ended names what the errors of a closed socket mean.
+func ended(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
+		return errors.New("the agent process has ended")
+	case errors.Is(err, net.ErrClosed):
+		return errors.New("the agent is closed")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return errors.New("the agent does not answer")
+	}
+	return err
+}
+
+// socketPair returns the two ends of the control socket.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
+	}
+	ours := os.NewFile(uintptr(fds[0]), "agent")
+	theirs := os.NewFile(uintptr(fds[1]), "agent's end")
+	defer ours.Close()
+	conn, err := net.FileConn(ours)
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		conn.Close()
+		theirs.Close()
+		return nil, nil, fmt.Errorf("socket pair is a %T", conn)
+	}
+	return unixConn, theirs, nil
+}
+
+// environment is all that the agent inherits: a small heap on one processor,
+// and what a test binary built for coverage or with the race detector reads.
+func environment() []string {
+	env := []string{"GOMAXPROCS=1", "GOGC=25", "GODEBUG=containermaxprocs=0,updatemaxprocs=0"}
+	for _, name := range []string{"GOCOVERDIR", "GORACE", "GOTRACEBACK"} {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
+}
+
+// explain tells what to do about a refusal.
+func explain(err error, ns *netns.Namespace) error {
+	var s *stepError
+	switch isStep := errors.As(err, &s); {
+	case isStep && s.step == stepJoin && errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w: that one belongs to uid %d, this is uid %d: run usernet as that user or as root", err, ns.OwnerUID(), os.Geteuid())
+	case isStep && s.step == stepExec && errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: the namespace's root is another user there: make the binary executable for all (chmod a+rx)", err)
+	case isStep && s.step == stepExec && errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("%w: mount /proc", err)
+	case !isStep && errors.Is(err, unix.EPERM) && ns.Owner() == nil:
+		return fmt.Errorf("%w: the namespace belongs to the user namespace this process is in: run usernet as root there (CAP_SYS_ADMIN and CAP_NET_ADMIN)", err)
+	}
+	return err
+}
