@@ -1,0 +1,256 @@
+package usernet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/usernet/usernet/dhcp"
+	"github.com/usernet/usernet/dns"
+	"github.com/usernet/usernet/forwarder"
+	"github.com/usernet/usernet/internal/agent"
+	"github.com/usernet/usernet/stack"
+	"github.com/usernet/usernet/tap"
+)
+
+// gateway is the router that the guest sees: the rooms, joined.
+type gateway struct {
+	log   *slog.Logger
+	stack *stack.Stack
+	fwd   *forwarder.Forwarder
+	link  *tap.Endpoint
+	ra    *dhcp.Advertiser // nil without IPv6
+	dns   *dns.Server      // nil without DNS
+	dhcp4 *dhcp.Server4
+	dhcp6 *dhcp.Server6 // nil without IPv6
+	tasks []func(context.Context) error
+}
+
+// Ports of the gateway's services.
+const (
+	dnsPort         = 53
+	dhcpServerPort  = 67
+	dhcp6ServerPort = 547
+)
+
+// allDHCPAgents is where DHCPv6 clients send to (RFC 8415 section 7.1).
+var allDHCPAgents = netip.MustParseAddr("ff02::1:2")
+
+// newGateway joins the rooms on an open link, whose descriptor it takes.
+func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
+	a := c.Addresses()
+	mac := gatewayMAC(a.Gateway4)
+	var guestMAC [6]byte
+	copy(guestMAC[:], link.MAC)
+	end := tap.NewEndpoint(tap.EndpointOptions{FD: link.FD, MTU: link.MTU, MAC: mac, VnetHdr: link.VnetHdr, HoldAcks: true})
+	g = &gateway{log: c.Logger, link: end}
+	g.stack, err = stack.New(stack.Config{
+		Link:    end,
+		Prefix4: a.Prefix4, Gateway4: a.Gateway4, DNS4: a.DNS4,
+		Prefix6: a.Prefix6, Gateway6: a.Gateway6, DNS6: a.DNS6,
+		GatewayMAC: mac, GuestMAC: guestMAC, USO: link.USO, Logger: c.Logger,
+		SilentDNS: c.NoGuard && c.NoDNS,
+	})
+	if err != nil {
+		end.Close()
+		return nil, err
+	}
+	policy := newPolicy(c, a)
+	h.onLocal(policy.SetLocal)
+	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
+	g.fwd, err = forwarder.New(forwarder.Config{
+		Netstack: g.stack.Netstack(), Link: end, Guest: guest{g.stack}, Policy: policy,
+		Outbound: outbound, Logger: c.Logger,
+	})
+	if err != nil {
+		g.stack.Close()
+		return nil, err
+	}
+	g.stack.SetHooks(stack.Hooks{TCP: g.fwd.HandleTCP, UDP: g.fwd.HandleUDP, Echo: g.fwd.HandleEcho})
+	if err := errors.Join(g.addDNS(c, a, policy, &outbound), g.addDHCP(c, a, link, mac)); err != nil {
+		g.stack.Close()
+		return nil, err
+	}
+	return g, nil
+}
+
+// guest is the stack as the forwarder sees it.
+type guest struct{ *stack.Stack }
+
+// SendICMPError implements forwarder.Guest.
+func (g guest) SendICMPError(e forwarder.ICMPError) error {
+	return g.Stack.SendICMPError(stack.ICMPError(e))
+}
+
+// gatewayMAC makes a locally administered address of the gateway's IPv4
+// address, so that a guest finds the same one after a restart.
+func gatewayMAC(gateway netip.Addr) [6]byte {
+	b := gateway.As4()
+	return [6]byte{0x52, 0x55, b[0], b[1], b[2], b[3]}
+}
+
+func newPolicy(c Config, a Addresses) *forwarder.Policy {
+	p := forwarder.PolicyConfig{
+		Gateways: []netip.Addr{a.Gateway4}, Virtual: []netip.Prefix{a.Prefix4},
+		HostLoopback: c.HostLoopback, HostPorts: c.HostPorts, Unguarded: c.NoGuard,
+		Allow: rules(c.Allow), Deny: rules(c.Deny),
+	}
+	if a.Prefix6.IsValid() {
+		p.Gateways = append(p.Gateways, a.Gateway6)
+		p.Virtual = append(p.Virtual, a.Prefix6)
+	}
+	return forwarder.NewPolicy(p)
+}
+
+func rules(rs []Rule) []forwarder.Rule {
+	out := make([]forwarder.Rule, len(rs))
+	for i, r := range rs {
+		out[i] = forwarder.Rule{Prefix: r.Prefix, From: r.From, To: r.To, Proto: uint8(r.Protocol)}
+	}
+	return out
+}
+
+// addDNS makes the DNS server.
+func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbound *forwarder.Outbound) error {
+	if c.NoDNS {
+		return nil
+	}
+	cfg := dns.Config{
+		Upstreams: c.DNS, ResolvConf: c.ResolvConf, Records: c.records(), Logger: c.Logger,
+		Permit: func(u netip.AddrPort) error {
+			if !policy.Upstream(u) {
+				return fmt.Errorf("name server %v is closed by the egress policy", u)
+			}
+			return nil
+		},
+		Bind: func(fd int, u netip.AddrPort) error { return outbound.Prepare(fd, u.Addr()) },
+	}
+	for _, addr := range []netip.Addr{a.DNS4, a.DNS6} {
+		if !addr.IsValid() {
+			continue
+		}
+		pc, err := g.stack.ListenPacket(netip.AddrPortFrom(addr, dnsPort))
+		if err != nil {
+			return err
+		}
+		l, err := g.stack.Listen(netip.AddrPortFrom(addr, dnsPort))
+		if err != nil {
+			return err
+		}
+		cfg.PacketConns = append(cfg.PacketConns, pc)
+		cfg.Listeners = append(cfg.Listeners, l)
+	}
+	var err error
+	if g.dns, err = dns.New(cfg); err != nil {
+		return err
+	}
+	g.tasks = append(g.tasks, g.dns.Run)
+	return nil
+}
+
+// search returns the function that tells the guest's search domains.
+func (g *gateway) search(c Config) func() []string {
+	if len(c.DNSSearch) > 0 || g.dns == nil {
+		return func() []string { return c.DNSSearch }
+	}
+	return g.dns.Search
+}
+
+// addDHCP makes the DHCP servers and the router advertiser.
+func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte) error {
+	search := g.search(c)
+	var dns4, dns6 []netip.Addr
+	if !c.NoDNS {
+		dns4 = []netip.Addr{a.DNS4}
+		if a.DNS6.IsValid() {
+			dns6 = []netip.Addr{a.DNS6}
+		}
+	}
+	var reserved4, reserved6 []dhcp.Reservation
+	if c.Configure == ConfigureStatic {
+		// A DHCP client inside, if there is one, gets what is set already.
+		reserved4 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.Guest4}}
+	} else if len(link.MAC) > 0 {
+		// However many clients a guest makes up, its own keeps its place.
+		reserved4 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.PoolStart}}
+	}
+	if a.Guest6.IsValid() && !c.SLAAC {
+		reserved6 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.Guest6}}
+	}
+	conn, err := g.stack.ListenPacket(netip.AddrPortFrom(netip.IPv4Unspecified(), dhcpServerPort))
+	if err != nil {
+		return err
+	}
+	s4, err := dhcp.New4(dhcp.Config4{
+		Conn: conn, Prefix: a.Prefix4, Gateway: a.Gateway4, DNS: dns4,
+		PoolStart: a.PoolStart, PoolEnd: a.PoolEnd, Reservations: reserved4,
+		Search: search, MTU: link.MTU, Logger: c.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	g.dhcp4 = s4
+	g.tasks = append(g.tasks, s4.Run)
+	if !a.Prefix6.IsValid() {
+		return nil
+	}
+	if conn, err = g.stack.ListenPacket(netip.AddrPortFrom(allDHCPAgents, dhcp6ServerPort)); err != nil {
+		return err
+	}
+	s6, err := dhcp.New6(dhcp.Config6{
+		Conn: conn, Prefix: a.Prefix6, Gateway: a.Gateway6, LinkAddr: net.HardwareAddr(mac[:]), DNS: dns6,
+		Search: search, PoolStart: addrIn(a.Prefix6, pool6Start), PoolEnd: addrIn(a.Prefix6, pool6End),
+		Reservations: reserved6, Logger: c.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	if conn, err = g.stack.ListenRouter(); err != nil {
+		return err
+	}
+	g.ra, err = dhcp.NewAdvertiser(dhcp.ConfigRA{
+		Conn: conn, Prefix: a.Prefix6, DNS: dns6, Search: search, MTU: link.MTU,
+		LinkAddr: net.HardwareAddr(mac[:]), NotDefault: true, Managed: !c.SLAAC, Other: !c.SLAAC, Logger: c.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	if g.dns != nil {
+		g.dns.OnSearchChange(func([]string) { g.ra.Refresh() })
+	}
+	g.dhcp6 = s6
+	g.tasks = append(g.tasks, s6.Run, g.ra.Run)
+	return nil
+}
+
+// The addresses that DHCPv6 leases to guests other than the first.
+const (
+	pool6Start = 0x1000
+	pool6End   = 0x10ff
+)
+
+// setDefaultRouter6 says in router advertisements whether the gateway is a
+// default router.
+func (g *gateway) setDefaultRouter6(on bool) {
+	g.fwd.SetRoute6(on)
+	if g.ra != nil {
+		g.ra.SetDefaultRouter(on)
+	}
+}
+
+// run serves the guest.
+func (g *gateway) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return g.fwd.Run(ctx) })
+	for _, task := range g.tasks {
+		group.Go(func() error { return task(ctx) })
+	}
+	return group.Wait()
+}
+
+func (g *gateway) close() { g.stack.Close() }

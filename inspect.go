@@ -1,0 +1,410 @@
+package usernet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/usernet/usernet/dhcp"
+	"github.com/usernet/usernet/forwarder"
+	"github.com/usernet/usernet/internal/agent"
+)
+
+// live is what a Network has while it runs.
+type live struct {
+	link    agent.Link
+	inode   uint64
+	gateway *gateway
+	since   time.Time
+}
+
+// ErrNoFlow is the error of KillFlow for an ID that no flow has.
+var ErrNoFlow = errors.New("usernet: no such flow")
+
+// ErrNoRecord is the error of RemoveRecord for a name that is not known.
+var ErrNoRecord = errors.New("usernet: no such name")
+
+// ErrNoDNS is the error of what needs the DNS server where there is none.
+var ErrNoDNS = errors.New("usernet: this network serves no DNS")
+
+// Info tells what a Network is.
+type Info struct {
+	Ready bool      `json:"ready"` // the guest can use it
+	Since time.Time `json:"since"` // when it attached
+
+	Netns      string `json:"netns,omitempty"` // its path, as configured
+	PID        int    `json:"guest_pid,omitempty"`
+	NetnsInode uint64 `json:"netns_inode,omitempty"`
+
+	Interface string `json:"interface"`
+	Link      string `json:"link"` // tap or veth
+	MTU       int    `json:"mtu"`
+	MAC       string `json:"mac,omitempty"`
+	Offload   bool   `json:"offload"`
+	Configure string `json:"configure"`
+
+	IPv4 Subnet  `json:"ipv4"`
+	IPv6 *Subnet `json:"ipv6,omitempty"`
+	DNS  bool    `json:"serves_dns"`
+
+	HostLoopback bool     `json:"host_loopback"`
+	HostPorts    []uint16 `json:"host_ports,omitempty"`
+}
+
+// A Subnet is a guest's, of one family.
+type Subnet struct {
+	Prefix  netip.Prefix `json:"prefix"`
+	Gateway netip.Addr   `json:"gateway"`
+	DNS     netip.Addr   `json:"dns"`
+	Guest   netip.Addr   `json:"guest"`
+}
+
+// Info returns what the network is. Before Run has attached only what was
+// configured is known.
+func (n *Network) Info() Info {
+	a := n.cfg.Addresses()
+	i := Info{
+		Netns: n.cfg.NetnsPath, PID: n.cfg.PID,
+		Interface: n.cfg.Ifname, Link: string(n.cfg.Link), MTU: n.cfg.MTU, MAC: n.cfg.MAC.String(),
+		Configure: string(n.cfg.Configure), DNS: !n.cfg.NoDNS,
+		HostLoopback: n.cfg.HostLoopback, HostPorts: n.cfg.HostPorts,
+		IPv4: Subnet{a.Prefix4, a.Gateway4, a.DNS4, a.Guest4},
+	}
+	if a.Prefix6.IsValid() {
+		i.IPv6 = &Subnet{a.Prefix6, a.Gateway6, a.DNS6, a.Guest6}
+	}
+	select {
+	case <-n.ready:
+		i.Ready = true
+	default:
+	}
+	if l := n.live.Load(); l != nil {
+		i.Since, i.NetnsInode = l.since.Round(0), l.inode
+		i.Interface, i.Link, i.MTU, i.Offload = l.link.Name, string(l.link.Kind), l.link.MTU, l.link.Offload
+		i.MAC = net.HardwareAddr(l.link.MAC).String()
+	} else {
+		i.Ready = false
+	}
+	return i
+}
+
+// A Flow is a TCP connection, a UDP socket or a ping of the guest.
+type Flow struct {
+	ID        string `json:"id"`
+	Protocol  string `json:"protocol"`  // tcp, udp or icmp
+	Direction string `json:"direction"` // outbound, or inbound through a forward
+	// Remote is the far end as the guest knows it, Host as the host does: for
+	// the gateway's address that is the host's loopback. A UDP socket of the
+	// guest may talk to many, these are the last. Ports of pings are their
+	// identifiers, and 0 at the far end.
+	Guest  netip.AddrPort `json:"guest"`
+	Remote netip.AddrPort `json:"remote"`
+	Host   netip.AddrPort `json:"host"`
+	// State is connecting, accepting, established, guest-closed, host-closed
+	// or closing for TCP, and active for others.
+	State string `json:"state"`
+	Up    uint64 `json:"bytes_up"`   // payload from the guest
+	Down  uint64 `json:"bytes_down"` // payload to the guest
+	// Age is the time since the flow began, Idle since it carried anything, in
+	// seconds.
+	Age  float64 `json:"age_seconds"`
+	Idle float64 `json:"idle_seconds"`
+}
+
+// Flows lists who talks to whom. Traffic goes on meanwhile.
+func (n *Network) Flows(ctx context.Context) ([]Flow, error) {
+	l := n.live.Load()
+	if l == nil {
+		return nil, ErrNotRunning
+	}
+	list, err := l.gateway.fwd.Flows(ctx)
+	if err != nil {
+		return nil, ended(err)
+	}
+	flows := make([]Flow, len(list))
+	for i, f := range list {
+		direction := "outbound"
+		if f.Inbound {
+			direction = "inbound"
+		}
+		flows[i] = Flow{
+			ID: forwarder.FlowID(f.ID), Protocol: Protocol(f.Proto).String(), Direction: direction,
+			Guest: f.Guest, Remote: f.Remote, Host: f.Dialled, State: f.State,
+			Up: f.Up, Down: f.Down, Age: f.Age.Seconds(), Idle: f.Idle.Seconds(),
+		}
+	}
+	return flows, nil
+}
+
+// ended tells the end of the network from other errors.
+func ended(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return ErrNotRunning
+	}
+	return fmt.Errorf("usernet: %w", err)
+}
+
+// KillFlow ends a flow. Both ends of a TCP connection get a reset.
+func (n *Network) KillFlow(ctx context.Context, id string) error {
+	l := n.live.Load()
+	if l == nil {
+		return ErrNotRunning
+	}
+	num, ok := forwarder.ParseFlowID(id)
+	if !ok {
+		return ErrNoFlow
+	}
+	err := l.gateway.fwd.KillFlow(ctx, num)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, forwarder.ErrNoFlow):
+		return ErrNoFlow
+	}
+	return ended(err)
+}
+
+// A Lease is an address that a guest has by DHCP.
+type Lease struct {
+	Addr     netip.Addr `json:"address"`
+	MAC      string     `json:"mac,omitempty"`
+	Client   string     `json:"client_id,omitempty"` // client identifier or DUID, in hexadecimal
+	Hostname string     `json:"hostname,omitempty"`
+	Offered  bool       `json:"offered"` // offered, not requested yet
+	Since    time.Time  `json:"since"`
+	Expires  time.Time  `json:"expires"`
+}
+
+// Leases lists the addresses that DHCP has given, of both families.
+func (n *Network) Leases() []Lease {
+	leases := []Lease{}
+	l := n.live.Load()
+	if l == nil {
+		return leases
+	}
+	list := l.gateway.dhcp4.Leases()
+	if l.gateway.dhcp6 != nil {
+		list = append(list, l.gateway.dhcp6.Leases()...)
+	}
+	slices.SortFunc(list, func(a, b dhcp.Lease) int { return a.Addr.Compare(b.Addr) })
+	for _, d := range list {
+		leases = append(leases, Lease{
+			Addr: d.Addr, MAC: d.LinkAddr.String(), Client: fmt.Sprintf("%x", d.Client), Hostname: d.Hostname,
+			Offered: d.Offered, Since: d.Start.Round(0), Expires: d.Expires.Round(0),
+		})
+	}
+	return leases
+}
+
+// A Record is a name that the DNS server answers by itself.
+type Record struct {
+	Name  string       `json:"name"`
+	Addrs []netip.Addr `json:"addresses"`
+}
+
+// maxRecords bounds the names: every change copies their index.
+const maxRecords = 4096
+
+// Records lists the names that the DNS server answers by itself.
+func (n *Network) Records() ([]Record, error) {
+	l := n.live.Load()
+	switch {
+	case l == nil:
+		return nil, ErrNotRunning
+	case l.gateway.dns == nil:
+		return nil, ErrNoDNS
+	}
+	all := l.gateway.dns.Records()
+	records := make([]Record, 0, len(all))
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		records = append(records, Record{name, all[name]})
+	}
+	return records, nil
+}
+
+// SetRecord gives a name its addresses, in place of those it had.
+func (n *Network) SetRecord(name string, addrs ...netip.Addr) error {
+	l := n.live.Load()
+	switch {
+	case l == nil:
+		return ErrNotRunning
+	case l.gateway.dns == nil:
+		return ErrNoDNS
+	case len(addrs) == 0:
+		return badConfig("name %q: give it an address", name)
+	case len(l.gateway.dns.Records()) >= maxRecords:
+		return badConfig("name %q: there are %d already: remove some", name, maxRecords)
+	}
+	if err := l.gateway.dns.SetRecord(name, addrs...); err != nil {
+		return badConfig("%v", err)
+	}
+	return nil
+}
+
+// RemoveRecord takes a name away.
+func (n *Network) RemoveRecord(name string) error {
+	l := n.live.Load()
+	switch {
+	case l == nil:
+		return ErrNotRunning
+	case l.gateway.dns == nil:
+		return ErrNoDNS
+	case !l.gateway.dns.RemoveRecord(name):
+		return ErrNoRecord
+	}
+	return nil
+}
+
+// Stats are counters since the network began, but for those that say "now".
+type Stats struct {
+	Flows    FlowStats     `json:"flows"`
+	Link     LinkStats     `json:"link"`
+	Dropped  DropStats     `json:"dropped"`
+	Netstack NetstackStats `json:"netstack"`
+	DNS      *DNSStats     `json:"dns,omitempty"`
+	DHCP4    DHCPStats     `json:"dhcp4"`
+	DHCP6    *DHCPStats    `json:"dhcp6,omitempty"`
+	Forwards int           `json:"forwards"` // published now
+}
+
+// FlowStats count what the guest has begun, and what became of it.
+type FlowStats struct {
+	TCPNow     int64  `json:"tcp_now"`
+	UDPNow     int64  `json:"udp_now"`
+	ICMPNow    int64  `json:"icmp_now"`
+	DialingNow int64  `json:"dialing_now"`
+	TCP        uint64 `json:"tcp"`
+	UDP        uint64 `json:"udp"`
+	ICMP       uint64 `json:"icmp"`
+	Refused    uint64 `json:"refused"` // by the far end or the network
+	Denied     uint64 `json:"denied"`  // by the egress policy
+	BytesUp    uint64 `json:"tcp_bytes_up"`
+	BytesDown  uint64 `json:"tcp_bytes_down"`
+}
+
+// LinkStats count frames, seen from the gateway: received are the guest's.
+type LinkStats struct {
+	RxFrames uint64 `json:"rx_frames"`
+	RxBytes  uint64 `json:"rx_bytes"`
+	TxFrames uint64 `json:"tx_frames"`
+	TxBytes  uint64 `json:"tx_bytes"`
+}
+
+// DropStats count what was lost, by reason.
+type DropStats struct {
+	BadFrame     uint64 `json:"bad_frame"`     // too short, or with impossible offloads
+	BadChecksum  uint64 `json:"bad_checksum"`  // of TCP
+	Malformed    uint64 `json:"malformed"`     // impossible lengths, other checksums
+	Spoofed      uint64 `json:"spoofed"`       // a source that is not the guest's
+	Foreign      uint64 `json:"foreign"`       // for another station
+	LinkRefused  uint64 `json:"link_refused"`  // the guest's interface did not take it
+	QueueFull    uint64 `json:"queue_full"`    // for DHCP or DNS, too many at once
+	ICMPLimited  uint64 `json:"icmp_limited"`  // ICMP errors above the rate limit
+	UDPHost      uint64 `json:"udp_host"`      // a host socket did not take it
+	DialsFull    uint64 `json:"dials_full"`    // too many connection attempts at once
+	UDPEvicted   uint64 `json:"udp_evicted"`   // flows that made room for newer ones
+	ICMPEvicted  uint64 `json:"icmp_evicted"`  // likewise
+	DNSDropped   uint64 `json:"dns_dropped"`   // were no queries at all
+	DHCPIgnored  uint64 `json:"dhcp_ignored"`  // malformed, or for another server
+	DNSOverload  uint64 `json:"dns_overload"`  // queries that found too many waiting
+	DHCPNoneFree uint64 `json:"dhcp_no_lease"` // clients that found no address
+}
+
+// NetstackStats count what the TCP of the guest's side went through.
+type NetstackStats struct {
+	Received        uint64 `json:"packets_received"`
+	Sent            uint64 `json:"packets_sent"`
+	Malformed       uint64 `json:"malformed"`
+	ChecksumErrors  uint64 `json:"tcp_checksum_errors"`
+	Retransmits     uint64 `json:"tcp_retransmits"`
+	FastRetransmits uint64 `json:"tcp_fast_retransmits"`
+	Timeouts        uint64 `json:"tcp_timeouts"`
+	ResetsSent      uint64 `json:"tcp_resets_sent"`
+	ResetsReceived  uint64 `json:"tcp_resets_received"`
+	EstablishedNow  uint64 `json:"tcp_established_now"`
+	AcksHeld        uint64 `json:"acks_held"`
+	AcksLate        uint64 `json:"acks_sent_late"`
+}
+
+// DNSStats count queries of the guest.
+type DNSStats struct {
+	Queries         uint64 `json:"queries"`
+	Malformed       uint64 `json:"malformed"`
+	Local           uint64 `json:"local"`
+	CacheHits       uint64 `json:"cache_hits"`
+	Forwarded       uint64 `json:"forwarded"`
+	Merged          uint64 `json:"merged"`
+	Failed          uint64 `json:"failed"`
+	UpstreamQueries uint64 `json:"upstream_queries"`
+	UpstreamErrors  uint64 `json:"upstream_errors"`
+	Mismatched      uint64 `json:"upstream_mismatched"`
+	InFlightNow     int    `json:"in_flight_now"`
+	CacheEntriesNow int    `json:"cache_entries_now"`
+	CacheBytesNow   int    `json:"cache_bytes_now"`
+}
+
+// DHCPStats count messages of the guest and answers.
+type DHCPStats struct {
+	Received  uint64 `json:"received"`
+	Offers    uint64 `json:"offers"`
+	Acks      uint64 `json:"acks"`
+	Naks      uint64 `json:"naks"`
+	LeasesNow int    `json:"leases_now"`
+}
+
+// Stats returns the counters.
+func (n *Network) Stats() Stats {
+	l := n.live.Load()
+	if l == nil {
+		return Stats{}
+	}
+	g := l.gateway
+	f, link, st, ns := g.fwd.Stats(), g.link.Stats(), g.stack.Stats(), g.fwd.Netstack()
+	s := Stats{
+		Flows: FlowStats{
+			TCPNow: f.TCPActive.Load(), UDPNow: f.UDPActive.Load(), ICMPNow: f.EchoActive.Load(), DialingNow: f.Dialing.Load(),
+			TCP: f.TCPTotal.Load(), UDP: f.UDPTotal.Load(), ICMP: f.EchoTotal.Load(),
+			Refused: f.Refused.Load(), Denied: f.Denied.Load(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
+		},
+		Link: LinkStats{link.RxFrames.Load(), link.RxBytes.Load(), link.TxFrames.Load(), link.TxBytes.Load()},
+		Dropped: DropStats{
+			BadFrame: link.RxBad.Load(), BadChecksum: link.RxChecksum.Load(), LinkRefused: link.TxDropped.Load(),
+			Malformed: st.Malformed.Load(), Spoofed: st.Spoofed.Load(), Foreign: st.Foreign.Load(),
+			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(),
+			UDPHost: f.UDPDropped.Load(), DialsFull: f.DialsDropped.Load(), UDPEvicted: f.UDPEvicted.Load(), ICMPEvicted: f.EchoEvicted.Load(),
+		},
+		Netstack: NetstackStats{
+			Received: ns.Received, Sent: ns.Sent, Malformed: ns.MalformedReceived, ChecksumErrors: ns.ChecksumErrors,
+			Retransmits: ns.Retransmits, FastRetransmits: ns.FastRetransmit, Timeouts: ns.Timeouts,
+			ResetsSent: ns.ResetsSent, ResetsReceived: ns.ResetsReceived, EstablishedNow: ns.Established,
+			AcksHeld: link.AcksHeld.Load(), AcksLate: link.AcksSent.Load(),
+		},
+		Forwards: len(n.Forwards()),
+	}
+	if g.dns != nil {
+		d := g.dns.Stats()
+		s.DNS = &DNSStats{
+			Queries: d.Queries, Malformed: d.Malformed, Local: d.Local, CacheHits: d.Hits, Forwarded: d.Forwarded,
+			Merged: d.Merged, Failed: d.Failed, UpstreamQueries: d.UpstreamQueries, UpstreamErrors: d.UpstreamErrors,
+			Mismatched: d.Mismatched, InFlightNow: d.InFlight, CacheEntriesNow: d.CacheEntries, CacheBytesNow: d.CacheBytes,
+		}
+		s.Dropped.DNSDropped, s.Dropped.DNSOverload = d.Dropped, d.Overload
+	}
+	s.DHCP4 = s.addDHCP(g.dhcp4.Stats(), len(g.dhcp4.Leases()))
+	if g.dhcp6 != nil {
+		six := s.addDHCP(g.dhcp6.Stats(), len(g.dhcp6.Leases()))
+		s.DHCP6 = &six
+	}
+	return s
+}
+
+func (s *Stats) addDHCP(d dhcp.Stats, leases int) DHCPStats {
+	s.Dropped.DHCPIgnored += d.Ignored
+	s.Dropped.DHCPNoneFree += d.Exhausted
+	return DHCPStats{Received: d.Received, Offers: d.Offers, Acks: d.Acks, Naks: d.Naks, LeasesNow: leases}
+}

@@ -1,0 +1,162 @@
+// Package usernet builds a network from the rooms; it is what a runtime embeds.
+package usernet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/usernet/usernet/internal/agent"
+	"github.com/usernet/usernet/tap"
+)
+
+// A Network gives one namespace its network.
+type Network struct {
+	cfg   Config
+	log   *slog.Logger
+	ready chan struct{}
+	once  sync.Once
+	live  atomic.Pointer[live] // while Run serves
+
+	publisher atomic.Pointer[publisher] // likewise
+}
+
+// New checks c. It starts nothing.
+func New(c Config) (*Network, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	c = c.withDefaults()
+	return &Network{cfg: c, log: c.Logger, ready: make(chan struct{})}, nil
+}
+
+// AgentMain takes over in usernet's helper processes; it has to be the first
+// call in main.
+func AgentMain() { agent.Main() }
+
+// Ready is closed when the guest can use the network.
+func (n *Network) Ready() <-chan struct{} { return n.ready }
+
+// errNamespaceGone ends a Network without being an error of it.
+var errNamespaceGone = errors.New("the namespace is gone")
+
+// Run attaches to the namespace and serves it until ctx is done or the
+// namespace is gone, and returns nil then. It may be called once. What it has
+// made is gone when it returns.
+func (n *Network) Run(ctx context.Context) error {
+	err := errors.New("usernet: run: a network runs only once")
+	n.once.Do(func() { err = n.run(ctx) })
+	return err
+}
+
+func (n *Network) run(ctx context.Context) error {
+	for _, w := range n.cfg.Warnings() {
+		n.log.Warn(w)
+	}
+	if err := checkOutbound(n.cfg); err != nil {
+		return fmt.Errorf("usernet: %w", err)
+	}
+	at, err := attach(ctx, n.cfg)
+	if err != nil {
+		return fmt.Errorf("usernet: %w", err)
+	}
+	defer at.close()
+	host, err := watchHost(n.log)
+	if err != nil {
+		return fmt.Errorf("usernet: %w", err)
+	}
+	defer host.close()
+	at.owned = false // the gateway's, from here on
+	gw, err := newGateway(n.cfg, at.link, host)
+	if err != nil {
+		return fmt.Errorf("usernet: %w", err)
+	}
+	defer gw.close()
+	n.live.Store(&live{at.link, at.inode(), gw, time.Now()})
+	defer n.live.Store(nil)
+	pub := newPublisher(n.cfg, at, gw)
+	n.publisher.Store(pub)
+	defer func() {
+		n.publisher.Store(nil)
+		pub.stop()
+	}()
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return gw.run(ctx) })
+	g.Go(func() error { return host.run(ctx) })
+	if at.ns != nil {
+		g.Go(func() error {
+			if at.ns.Watch(ctx) == nil {
+				return errNamespaceGone
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		if err := n.serve(ctx, at, host, gw, pub); err != nil {
+			return err
+		}
+		return nil
+	})
+	err = g.Wait()
+	switch {
+	case errors.Is(err, errNamespaceGone):
+		n.log.Info("the namespace is gone")
+		return nil
+	case errors.Is(err, tap.ErrGone) && at.gone():
+		n.log.Info("the namespace is gone") // and took its end of the link along
+		return nil
+	case err != nil:
+		return fmt.Errorf("usernet: %w", err)
+	}
+	return nil
+}
+
+// serve configures the guest's side, says that it is ready, and follows the
+// host's IPv6 default route.
+func (n *Network) serve(ctx context.Context, at *attachment, host *host, gw *gateway, pub *publisher) error {
+	default6 := n.cfg.hasIPv6() && (n.cfg.IPv6 == IPv6On || host.default6())
+	gw.setDefaultRouter6(default6)
+	if err := at.configure(n.cfg, default6); err != nil {
+		return err
+	}
+	if err := pub.addAll(ctx); err != nil {
+		return err
+	}
+	n.log.Info("ready", "interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,
+		"offload", at.link.Offload, "addresses", n.cfg.Configure)
+	close(n.ready)
+
+	changed := host.changed()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-at.agentDone():
+			if ctx.Err() == nil {
+				n.log.Warn("the helper process inside the namespace has ended; the network goes on, but follows no change of the host's IPv6 route")
+			}
+			at.forgetAgent()
+		case <-changed:
+			on := n.cfg.hasIPv6() && (n.cfg.IPv6 == IPv6On || host.default6())
+			if on == default6 {
+				continue
+			}
+			default6 = on
+			gw.setDefaultRouter6(on)
+			if err := at.setDefaultRoute6(on); err != nil {
+				n.log.Warn("cannot change the IPv6 default route inside", "on", on, "err", err)
+			}
+		}
+	}
+}
+
+// goneWithin is how long the end of a link may precede the sign that its
+// namespace has ended.
+const goneWithin = time.Second
