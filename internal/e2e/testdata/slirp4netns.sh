@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# Check what users of slirp4netns count on, on a program of that name: the
+# original, or usernet. Each check prints "ok NAME" or "FAIL NAME" and why.
+#
+#   slirp4netns.sh PROGRAM
+set -uo pipefail
+program=$1
+here=$(dirname "$(realpath "$0")")
+check() { # NAME PATTERN... reads the text to look at; !PATTERN must not be in it
+	local name=$1 text pattern
+	shift
+	text=$(cat)
+	for pattern in "$@"; do
+		if [ "${pattern#!}" != "$pattern" ]; then
+			! grep -qE -e "${pattern#!}" <<<"$text" && continue
+		elif grep -qE -e "$pattern" <<<"$text"; then
+			continue
+		fi
+		printf 'FAIL %s: not %s in: %s\n' "$name" "$pattern" "$(tr '\n' '|' <<<"$text")"
+		return
+	done
+	echo "ok $name"
+}
+guest=
+network=
+inside() { nsenter -t "$guest" --user --net --preserve-credentials "$@"; }
+# start ARGUMENT...: a new guest, and the program on it, where GUEST stands for
+# its process. It returns when the program is ready.
+start() {
+	unshare --user --map-root-user --net sleep 100 &
+	guest=$!
+	for _ in $(seq 100); do
+		[ "$(cat /proc/$guest/comm)" = sleep ] && break
+		sleep 0.02
+	done
+	rm -f ready gate
+	mkfifo gate
+	: >ready
+	"$program" -r 3 -e 4 "${@/GUEST/$guest}" 3>ready 4<gate >out 2>err &
+	network=$!
+	exec 5>gate
+	for _ in $(seq 100); do
+		[ -s ready ] && return
+		kill -0 $network 2>/dev/null || break
+		sleep 0.05
+	done
+	echo "FAIL start $*: $(cat out err | tr '\n' '|')"
+}
+finish() {
+	exec 5>&-
+	wait $network 2>/dev/null
+	status=$?
+	kill "$guest" 2>/dev/null
+	wait "$guest" 2>/dev/null
+}
+status() { "$program" "$@" >out 2>err; echo "status $?"; cat err; sed 's/^/out: /' out; }
+ask() { printf '%s' "$1" | timeout 5 ncat -U api 2>/dev/null; echo; }
+serve() { # PORT: says who asks
+	socat "TCP-LISTEN:$1,fork,reuseaddr" SYSTEM:'echo from $SOCAT_PEERADDR' &
+}
+talk() { timeout 5 socat -u "TCP:$1,connect-timeout=2" - 2>&1; }
+serve 7777
+server=$!
+
+status --help | check help 'status 0' 'out: .*--netns-type' 'out: .*--enable-sandbox' '!^slirp'
+status --version | check version 'status 0' 'out: slirp4netns version 1\.' 'out: commit: ' 'out: SLIRP_CONFIG_VERSION_MAX: [0-9]'
+status --nonsense | check unknown-option 'status 1' "unrecognized option '--nonsense'" 'out: Usage'
+status | check no-arguments 'status 1' 'out: Usage'
+status 1 | check no-tapname 'status 1' 'out: Usage'
+status -m 65522 1 tap0 | check mtu-too-large 'status 1' 'MTU must be a positive integer'
+status -r -1 1 tap0 | check bad-ready-fd 'status 1' 'ready-fd must be a non-negative integer'
+status -c --cidr=10.0.2.100/24 1 tap0 | check bad-cidr 'status 1' 'CIDR needs to be a network address like 10.0.2.0/24, not like 10.0.2.100/24'
+status -c --cidr=10.0.2.0/26 1 tap0 | check small-cidr 'status 1' 'prefix length needs to be 1-25'
+status -c --outbound-addr=nowhere 1 tap0 | check bad-outbound 'status 1' 'outbound-addr has to be valid ipv4 address or interface name'
+status --macaddress=02:00:00:00:00:01 1 tap0 | check mac-without-c 'status 1' 'cannot be specified when --configure'
+status --netns-type=path /nowhere tap0 | check no-path 'status 1' 'existing path expected'
+status --target-type=bess -c x | check bess-conflict 'status 1' 'conflicts with --target-type=bess'
+status -c 2147483647 tap0 | check no-process 'status 1'
+
+# Options after the operands, bundled and abbreviated.
+start GUEST tap11 -c --mt=65520 --api-sock=api --macaddress=0e:d4:18:d9:38:fb
+[ "$(cat ready)" = 1 ] && [ "$(stat -c %s ready)" = 1 ] && echo "ok ready-byte" || echo "FAIL ready-byte: $(od -c ready)"
+inside ip address show | check configured 'lo: .*UP' 'tap11: .*UP.* mtu 65520' '0e:d4:18:d9:38:fb' 'inet 10.0.2.100/24 brd 10.0.2.255'
+inside ip route | check route 'default via 10.0.2.2 dev tap11'
+talk 127.0.0.1:7777 >/dev/null
+inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check host-loopback 'from 127.0.0.1'
+inside timeout 5 socat -u TCP:169.254.169.254:7777 - | check link-local 'from'
+inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check own-address 'from'
+inside timeout 5 socat -u TCP:10.0.2.2:9,connect-timeout=2 - 2>&1 | check refused 'Connection refused'
+inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-udp '^192.0.2.1$'
+inside timeout 5 dig +short +tcp +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-tcp '^192.0.2.1$'
+inside ping -c 1 -W 2 10.0.2.2 | check ping-gateway '1 received'
+inside ping -c 1 -W 2 10.0.2.3 | check ping-dns '1 received'
+inside ping -c 1 -W 2 192.0.2.7 | check ping-outside '1 received'
+inside timeout 5 ping -c 1 -W 2 10.0.2.50 2>&1 | check no-neighbour 'Unreachable|100% packet loss'
+grep . out err | check banner 'Starting slirp' 'MTU: *65520' 'Network: *10.0.2.0' 'Netmask: *255.255.255.0' 'Gateway: *10.0.2.2' 'DNS: *10.0.2.3' \
+	'DHCP begin: *10.0.2.15' 'DHCP end: *10.0.2.30' 'Recommended IP: *10.0.2.100' 'WARNING: 127.0.0.1'
+ask '{"execute":"list_hostfwd"}' | check api-list-empty '"entries": *\[ *\]'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"0.0.0.0","host_port":8301,"guest_addr":"10.0.2.100","guest_port":80}}' | check api-add '"return".*"id": *1 *\}'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"","host_port":8301,"guest_addr":"","guest_port":80}}' | check api-taken '"error".*slirp_add_hostfwd failed'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"udp","host_port":8302,"guest_port":81}}' | check api-add-udp '"id": *2 *\}'
+ask '{"execute":"list_hostfwd"}' | check api-list '"entries": *\[ *\{ *"id": *1, *"proto": *"tcp", *"host_addr": *"0.0.0.0", *"host_port": *8301, *"guest_addr": *"10.0.2.100", *"guest_port": *80 *\}'
+ask '{"execute":"list_hostfwd"}' | check api-list-manual '"return": *\{ *"entries"'
+ask x | check api-no-json 'bad request: cannot parse JSON'
+ask '[]' | check api-no-object 'bad request: json_object\(\) failed'
+ask '{}' | check api-no-execute 'bad request: no execute found'
+ask '{"execute":"x"}' | check api-unknown 'bad request: unknown execute'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"sctp"}}' | check api-proto 'bad arguments.proto'
+timeout 5 ncat -U api </dev/zero 2>/dev/null | check api-too-large 'bad request: too large message'
+(inside socat TCP-LISTEN:80,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
+inner=$!
+(inside socat UDP-RECVFROM:81,fork SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
+sleep 0.3
+talk 192.0.2.1:8301,bind=192.0.2.9 | check forward-source 'from 192.0.2.9'
+talk 127.0.0.1:8301 | check forward-loopback 'from 10.0.2.2'
+for try in 1 2 3 4 5; do # the server inside may not be there yet, and a datagram is lost then
+	answer=$(echo hello | timeout 5 socat -t 1 - UDP:192.0.2.1:8302,bind=192.0.2.9)
+	[ -n "$answer" ] && break
+	sleep 0.3
+done
+echo "$answer" | check forward-udp 'from 192.0.2.9'
+ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove '"return": *\{ *\}'
+ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove-again 'slirp_remove_hostfwd failed'
+talk 127.0.0.1:8301 | check forward-removed 'Connection refused'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp6","host_addr":"::1","host_port":8303,"guest_port":80}}' | check api-add-ipv6 '"id": *[0-9]'
+talk '[::1]:8303' | check forward-ipv6 'from '
+echo data >&5
+sleep 0.2
+kill -0 $network 2>/dev/null && echo "ok exit-fd-data" || echo "FAIL exit-fd-data: it has ended"
+finish
+echo "status $status" | check exit-fd 'status 0'
+[ -e api ] && echo "FAIL api-socket-removed: it is there" || echo "ok api-socket-removed"
+kill $inner 2>/dev/null
+
+start -c --disable-host-loopback --cidr=10.41.0.0/16 -m 1400 GUEST tap0
+inside ip address show tap0 | check cidr 'inet 10.41.0.100/16' 'mtu 1400'
+inside timeout 5 socat -u TCP:10.41.0.2:7777,connect-timeout=2 - 2>&1 | check closed-loopback 'Network is unreachable'
+inside ping -c 1 -W 2 10.41.0.2 | check closed-ping '1 received'
+inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check closed-own-address 'from'
+inside timeout 5 dig +short +tries=1 +time=2 @10.41.0.3 www.example.test | check closed-dns '^192.0.2.1$'
+kill $network
+wait $network
+echo "status $?" | check sigterm 'status 143'
+finish
+
+start -c --disable-dns --outbound-addr=192.0.2.9 GUEST tap0
+inside timeout 5 dig +tries=1 +time=1 @10.0.2.3 www.example.test 2>&1 | check no-dns 'timed out|no servers could be reached'
+inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check outbound-addr 'from 192.0.2.9'
+finish
+
+start -6 --netns-type=path --userns-path=/proc/GUEST/ns/user /proc/GUEST/ns/net tap0
+inside ip address | check untouched '!10\.0\.2' '!tap0:.*UP' '!lo:.*UP'
+inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -n -q -f -s /bin/true' 2>&1 | check dhcp '10.0.2.15'
+for _ in $(seq 40); do
+	inside ip -6 address show tap0 | grep 'fd00::' | grep -vq tentative && break
+	sleep 0.1
+done
+inside ip -6 address show tap0 | check slaac 'inet6 fd00::'
+inside ip -6 route | check ipv6-route 'default via fe80::'
+inside timeout 5 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check ipv6-out '^served$'
+finish
+
+"$program" --target-type=bess "$PWD/bess" >out 2>err &
+network=$!
+timeout 10 python3 "$here/bess.py" "$PWD/bess" 2>&1 | check bess '^pong$'
+kill $network 2>/dev/null
+wait $network
+
+start -c --enable-sandbox --enable-seccomp --disable-host-loopback GUEST tap0
+inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check locked-dns '^192.0.2.1$'
+inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check locked-tcp 'from'
+grep -E '^(Cap|NoNew|Seccomp)' /proc/$network/status | check locked 'CapEff:\s*0*400|CapEff:\s*0*$' 'NoNewPrivs:\s*1' 'Seccomp:\s*2'
+finish
+echo "status $status" | check locked-exit 'status 0'
+kill $server
+exit 0

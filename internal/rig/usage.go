@@ -1,0 +1,45 @@
+package rig
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"time"
+)
+
+// A Usage is what a process holds.
+type Usage struct {
+	Files, Threads int
+	RSS            int // KiB
+	CPU            time.Duration
+}
+
+// UsageOf measures a process, given a node with rights over it.
+var UsageOf = NewFunc("rig.usage", func(_ context.Context, pid int) (Usage, error) {
+	var u Usage
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		return u, err
+	}
+	u.Files = len(files)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return u, err
+	}
+	for line := range bytes.Lines(status) {
+		fmt.Sscanf(string(line), "Threads: %d", &u.Threads)
+		fmt.Sscanf(string(line), "VmRSS: %d", &u.RSS)
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return u, err
+	}
+	var user, system int
+	rest := stat[bytes.LastIndexByte(stat, ')')+1:]
+	fields := bytes.Fields(rest)
+	fmt.Sscan(string(fields[11]), &user)
+	fmt.Sscan(string(fields[12]), &system)
+	u.CPU = time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100
+	return u, nil
+})
