@@ -55,6 +55,9 @@ type inboundTable struct {
 	paused           []*listener
 
 	flows map[*spliceFlow]struct{}
+	// connecting has the flows that the guest has not answered, and until when
+	// it may.
+	connecting map[*spliceFlow]time.Time
 	// draining and half are what they are of a tcpTable.
 	draining map[*spliceFlow]time.Time
 	half     map[*spliceFlow]time.Time
@@ -70,6 +73,8 @@ type inboundPort struct {
 	Inbound
 	listeners []*listener
 	sockets   []*udpSocket
+	// detour is until when clients go through netstack.
+	detour time.Time
 }
 
 // maxInsideDials bounds the sockets that are asked for. Clients beyond wait in
@@ -78,6 +83,7 @@ const maxInsideDials = 256
 
 // insideDial is a client that waits for its socket.
 type insideDial struct {
+	port     *inboundPort
 	fd       int
 	client   netip.AddrPort
 	from, to netip.AddrPort
@@ -89,6 +95,7 @@ func (t *inboundTable) init(f *Forwarder) {
 	t.ports = make(map[uint64]*inboundPort)
 	t.dials = make(map[uint32]insideDial)
 	t.flows = make(map[*spliceFlow]struct{})
+	t.connecting = make(map[*spliceFlow]time.Time)
 	t.draining = make(map[*spliceFlow]time.Time)
 	t.half = make(map[*spliceFlow]time.Time)
 	t.udp.init(f)
@@ -254,13 +261,13 @@ func (t *inboundTable) resume() {
 func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
 	to := p.to(client.Addr())
 	from := t.seen(client, to.Addr())
-	inside := t.inside != nil && p.Own && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)
+	inside := t.inside != nil && p.Own && !t.f.now.Before(p.detour) && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)
 	if !inside {
-		t.f.tcp.dialGuest(fd, client, t.routed(from), to)
+		t.f.tcp.dialGuest(fd, client, t.routed(from), to, nil)
 		return
 	}
 	t.lastDial++
-	t.dials[t.lastDial] = insideDial{fd, client, from, to, t.f.clock()}
+	t.dials[t.lastDial] = insideDial{p, fd, client, from, to, t.f.clock()}
 	t.checkInside(t.inside.Dial(t.lastDial, from, to))
 }
 
@@ -340,7 +347,7 @@ func (t *inboundTable) checkInside(err error) {
 	t.inside = nil
 	for id, d := range t.dials {
 		delete(t.dials, id)
-		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to)
+		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, nil)
 	}
 	t.resume()
 }
@@ -359,11 +366,10 @@ func (t *inboundTable) answered(id uint32, fd int, errno unix.Errno) {
 	case fd >= 0:
 		t.join(d, fd)
 	case errno == unix.ECONNREFUSED:
-		t.f.stats.Refused.Add(1)
-		closeWithReset(d.fd)
+		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, d.port)
 	default:
 		t.f.log.Debug("no socket inside for a client", "client", d.client, "err", errno)
-		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to)
+		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, nil)
 	}
 }
 
@@ -381,6 +387,14 @@ func (t *inboundTable) sweep() {
 		}
 	}
 	t.resume()
+	for fl, deadline := range t.connecting {
+		if t.f.now.After(deadline) {
+			fl.detour()
+		}
+	}
+	if len(t.connecting) > 0 {
+		t.f.sweepIn(detourAfter)
+	}
 	t.udp.sweep()
 	t.pipes.trim()
 	for fl, since := range t.half {

@@ -64,6 +64,12 @@ func (p *poller) remove(i int32) {
 	p.free = append(p.free, i)
 }
 
+// release forgets a slot whose descriptor lives on.
+func (p *poller) release(i int32, fd int) {
+	_ = epollCtl(p.fd, unix.EPOLL_CTL_DEL, fd, &unix.EpollEvent{})
+	p.remove(i)
+}
+
 // wait dispatches pending events. With block it waits up to timeout
 // milliseconds (-1 for ever) for the first. It returns the number of events.
 func (p *poller) wait(block bool, timeout int) int {

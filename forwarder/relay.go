@@ -64,6 +64,7 @@ type tcpFlow struct {
 	// until the guest has answered its SYN.
 	client              netip.AddrPort
 	inbound, connecting bool
+	detour              *inboundPort // of [tcpTable.dialGuest]
 
 	// carry is what was read from the host and did not fit into the guest's
 	// send buffer; at most scratchSize.

@@ -2,6 +2,7 @@ package forwarder
 
 import (
 	"net/netip"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,7 @@ import (
 // only while there is something in it.
 type spliceFlow struct {
 	t        *inboundTable
+	port     *inboundPort
 	client   netip.AddrPort
 	from, to netip.AddrPort // as the guest sees it
 	usage
@@ -48,13 +50,15 @@ const spliceEvents = flowEvents | unix.EPOLLPRI
 
 // join makes a flow of a client and the socket that was made for it.
 func (t *inboundTable) join(d insideDial, fd int) {
-	fl := &spliceFlow{t: t, client: d.client, from: d.from, to: d.to, connecting: true}
+	fl := &spliceFlow{t: t, port: d.port, client: d.client, from: d.from, to: d.to, connecting: true}
 	fl.born, fl.last = d.born, d.born
 	fl.host.spliceEnd = spliceEnd{fl: fl, fd: d.fd, slot: -1, writable: true}
 	fl.guest = spliceEnd{fl: fl, fd: fd, slot: -1}
 	fl.down = stream{src: &fl.host.spliceEnd, dst: &fl.guest, open: true}
 	fl.up = stream{src: &fl.guest, dst: &fl.host.spliceEnd, open: true}
 	t.flows[fl] = struct{}{}
+	t.connecting[fl] = t.f.now.Add(detourAfter)
+	t.f.sweepIn(detourAfter)
 	t.f.stats.TCPActive.Add(1)
 	t.f.stats.TCPTotal.Add(1)
 	var err error
@@ -92,17 +96,40 @@ func (e *spliceEnd) ready(events uint32) {
 func (fl *spliceFlow) connected(e *spliceEnd, events uint32) bool {
 	switch {
 	case e.failed && e == &fl.guest:
-		fl.t.f.stats.Refused.Add(1)
-		fl.abort()
+		fl.detour()
 		return false
 	case e.failed: // the client has lost patience
 		fl.abort()
 		return false
 	case e == &fl.guest && events&unix.EPOLLOUT != 0 && events&unix.EPOLLHUP == 0:
 		fl.connecting = false
+		delete(fl.t.connecting, fl)
 		return true
 	}
 	return false
+}
+
+const (
+	// detourAfter is how long the guest may take to answer a socket in its own
+	// namespace: no wire is between the two.
+	detourAfter = 250 * time.Millisecond
+	// detourFor is how long a port's clients are then led another way.
+	detourFor = time.Minute
+)
+
+// detour leads a client through netstack whom nobody has let in inside. That is
+// the last word where nobody listens; but a guest may pass a port's connections
+// on, by DNAT to a container of its own, which knows no way back but the TAP.
+func (fl *spliceFlow) detour() {
+	t, host, from := fl.t, fl.host.fd, fl.from
+	if !fl.guest.failed {
+		from = netip.AddrPortFrom(from.Addr(), 0) // somebody still answers the other
+	}
+	t.f.poll.release(fl.host.slot, host)
+	fl.host.slot, fl.host.fd = -1, -1
+	fl.finish()
+	t.f.stats.TCPTotal.Add(^uint64(0)) // it is counted anew
+	t.f.tcp.dialGuest(host, fl.client, t.routed(from), fl.to, fl.port)
 }
 
 func (fl *spliceFlow) makeReady() {
@@ -350,9 +377,12 @@ func (fl *spliceFlow) finish() {
 		if e.slot >= 0 {
 			t.f.poll.remove(e.slot)
 		}
-		unix.Close(e.fd)
+		if e.fd >= 0 {
+			unix.Close(e.fd)
+		}
 	}
 	delete(t.flows, fl)
+	delete(t.connecting, fl)
 	delete(t.draining, fl)
 	delete(t.half, fl)
 	t.f.stats.TCPActive.Add(-1)

@@ -13,20 +13,22 @@ import (
 )
 
 // dialGuest leads a client of a published port to the guest through netstack,
-// which takes the address that the guest sees for one of its own.
-func (t *tcpTable) dialGuest(fd int, client, from, to netip.AddrPort) {
-	fl := &tcpFlow{t: t, fd: fd, client: client, inbound: true, connecting: true, hostWritable: true, upOpen: true, downOpen: true}
+// which takes the address that the guest sees for one of its own. If the guest
+// lets the client in, detour, unless nil, is a port that this way suits better.
+func (t *tcpTable) dialGuest(fd int, client, from, to netip.AddrPort, detour *inboundPort) {
+	fl := &tcpFlow{t: t, fd: fd, client: client, detour: detour, inbound: true, connecting: true, hostWritable: true, upOpen: true, downOpen: true}
 	fl.born = t.f.clock()
 	fl.last = fl.born
-	if err := t.connectGuest(fl, from, to); err != nil {
-		t.f.log.Debug("cannot reach the guest", "client", client, "guest", to, "err", err)
+	var err error
+	if fl.slot, err = t.f.poll.add(fd, flowEvents, fl); err != nil {
+		t.f.log.Warn("a client of a published port is turned away", "err", err)
 		closeWithReset(fd)
 		return
 	}
-	var err error
-	if fl.slot, err = t.f.poll.add(fd, flowEvents, fl); err != nil {
-		fl.ep.Abort()
-		fl.wq.EventUnregister(&fl.entry)
+	if err := t.connectGuest(fl, from, to); err != nil {
+		t.f.log.Debug("cannot reach the guest", "client", client, "guest", to, "err", err)
+		fl.done = true
+		t.f.poll.remove(fl.slot)
 		closeWithReset(fd)
 		return
 	}
@@ -90,6 +92,9 @@ func (fl *tcpFlow) answered() bool {
 		return false
 	}
 	fl.connecting = false
+	if fl.detour != nil {
+		fl.detour.detour = fl.t.f.now.Add(detourFor)
+	}
 	return true
 }
 

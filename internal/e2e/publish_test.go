@@ -118,6 +118,61 @@ func TestPublishPortTakenInside(t *testing.T) {
 	})
 }
 
+// TestPublishPassedOn: a guest may pass a published port's connections on, as
+// Docker does to a container on its bridge. Such a container's answers take the
+// guest's routes, not the mark's.
+func TestPublishPassedOn(t *testing.T) {
+	rig.NeedUsernet(t)
+	rig.NeedTools(t, "nft")
+	w := onTap(t)
+	w.attach(t, "-p", "8080:8080")
+	container := w.Guest.Node(t, "container", rig.Spaces{Net: true})
+	w.Guest.Must(t, "sh", "-ec", fmt.Sprintf(`
+		ip link add bridge type bridge mcast_snooping 0
+		ip address add 172.17.0.1/16 dev bridge
+		ip address add fd00:17::1/64 dev bridge nodad
+		ip link add port type veth peer name eth0 netns /proc/%d/ns/net
+		ip link set port master bridge
+		ip link set port up
+		ip link set bridge up
+		echo 1 >/proc/sys/net/ipv4/ip_forward
+		echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+		nft -f - <<-END
+			table inet nat {
+				chain prerouting {
+					type nat hook prerouting priority -100;
+					jump in
+				}
+				chain output {
+					type nat hook output priority -100;
+					ip daddr != 127.0.0.0/8 jump in
+					ip6 daddr != ::1 jump in
+				}
+				chain in {
+					fib daddr type local tcp dport 8080 dnat ip to 172.17.0.2:%[2]d
+					fib daddr type local tcp dport 8080 dnat ip6 to [fd00:17::2]:%[2]d
+				}
+			}
+		END`, container.PID, rig.Services.Whoami))
+	container.Must(t, "sh", "-ec", `
+		ip link set lo up
+		ip address add 172.17.0.2/16 dev eth0
+		ip address add fd00:17::2/64 dev eth0 nodad
+		ip link set eth0 up
+		ip route add default via 172.17.0.1
+		ip route add default via fd00:17::1`)
+	container.ServeOn(t, false)
+	families(t, func(t *testing.T, six bool) {
+		client := pick(six, internet4, internet6)
+		for range 3 {
+			r := rig.ReadAll.On(t, w.Internet, rig.DialRequest{Network: "tcp", Addr: host(six, 8080), Source: at(client, 0)})
+			if seen, err := netip.ParseAddrPort(r.Text); err != nil || seen.Addr() != client {
+				t.Errorf("the server saw %v, want %v", r, client)
+			}
+		}
+	})
+}
+
 // TestPublishEnds: how a connection ends on one side is how the other sees it.
 func TestPublishEnds(t *testing.T) {
 	const mib = 1 << 20
