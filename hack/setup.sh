@@ -26,6 +26,7 @@ test=(
 	dnsperf
 	ethtool
 	iperf3
+	iptables # for Docker
 	ncat
 	netcat-openbsd
 	nftables
@@ -40,6 +41,10 @@ test=(
 	uidmap
 	wrk
 )
+# Docker is another client. Where there is one already, another would replace it.
+if ! command -v dockerd >/dev/null; then
+	test+=(docker.io)
+fi
 # Packages for tests that not every release has.
 optional=(isc-dhcp-client dhcpcd-base passt systemd)
 

@@ -1,79 +1,70 @@
 #!/usr/bin/env bash
-# Run rootless podman on a program in the place of slirp4netns. Each check
-# prints "ok NAME" or "FAIL NAME" and why.
+# Run rootless podman on a program in the place of slirp4netns.
 #
 #   podman.sh PROGRAM
 set -uo pipefail
-mkdir -p .config/containers image/bin image/etc image/tmp image/www
+. "$(dirname "$0")/checks.sh"
+program=$1
+mkdir -p .config/containers
 printf '[storage]\ndriver = "vfs"\n' >.config/containers/storage.conf
 cat >.config/containers/containers.conf <<END
 [engine]
-network_cmd_path = "$1"
+network_cmd_path = "$program"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "crun"
 [containers]
 log_driver = "k8s-file"
 END
-cp "$(command -v busybox)" image/bin/busybox
-for applet in sh ip wget nslookup httpd sleep cat echo nc ping; do ln -s busybox image/bin/$applet; done
-echo inside >image/www/index.html
-tar -C image -cf image.tar .
+image image.tar
 podman import -q image.tar box >/dev/null || exit 1
 
-run() { timeout 30 podman run --rm --cgroups=disabled --network "$@" 2>&1; }
-check() { # NAME PATTERN... reads the text to look at
-	local name=$1 text pattern
-	shift
-	text=$(cat)
-	for pattern in "$@"; do
-		if ! grep -qE -e "$pattern" <<<"$text"; then
-			printf 'FAIL %s: no %s in: %s\n' "$name" "$pattern" "$(tr '\n' '|' <<<"$text")"
-			return
-		fi
-	done
-	echo "ok $name"
-}
-# get URL: asks until somebody answers, for a container takes a moment to listen.
-get() {
-	local _
-	for _ in $(seq 50); do
-		timeout 2 busybox wget -q -O - "$1" 2>/dev/null && return
-		sleep 0.1
-	done
-}
-left() { # NAME: nothing of the network stays
-	local _
-	for _ in $(seq 50); do
-		pgrep -u "$(id -u)" -f "^$program " >/dev/null || break
-		sleep 0.1
-	done
-	pgrep -u "$(id -u)" -af "^$program " | sed "s/^/FAIL $1: /" | grep . || echo "ok $1"
-}
-program=$1
+run() { timeout 60 podman run --rm --cgroups=disabled --network "$@" 2>&1; }
+start() { timeout 60 podman run -d --cgroups=disabled --network "$@" 2>&1; }
+serve='httpd -f -p 80 -h /www'
+who='SYSTEM:echo from $SOCAT_PEERADDR'
+socat TCP-LISTEN:7777,fork,reuseaddr "$who" &
+whoami=$!
 
 run slirp4netns box sh -c 'ip address show tap0; ip route; cat /etc/resolv.conf; nslookup www.example.test; wget -q -O - http://www.example.test:8000/' |
 	check plain 'inet 10.0.2.100/24' 'mtu 65520' 'default via 10.0.2.2' 'nameserver 10.0.2.3' 'Address.*192.0.2.1' '^served$'
-run slirp4netns:allow_host_loopback=false box sh -c 'wget -T 2 -q -O - http://10.0.2.2:8000/; echo status $?' | check closed 'status 1'
-run slirp4netns:allow_host_loopback=true,cidr=10.77.0.0/24,mtu=1400 box sh -c 'ip address show tap0; wget -q -O - http://10.77.0.2:8000/' |
-	check options 'inet 10.77.0.100/24' 'mtu 1400' '^served$'
+run slirp4netns:allow_host_loopback=false box sh -c 'wget -T 2 -q -O - http://10.0.2.2:8000/; echo status $?' | check closed 'status 1' '!^served'
+run slirp4netns:allow_host_loopback=true box wget -q -O - http://10.0.2.2:8000/ | check open '^served$'
+run slirp4netns:cidr=10.77.0.0/24 box sh -c 'ip address show tap0; ip route; cat /etc/resolv.conf; wget -q -O - http://www.example.test:8000/' |
+	check cidr 'inet 10.77.0.100/24' 'default via 10.77.0.2' 'nameserver 10.77.0.3' '^served$'
+run slirp4netns:mtu=1400 box sh -c 'ip address show tap0; wget -q -O - http://www.example.test:8000/' | check mtu 'mtu 1400' '^served$'
+run slirp4netns:outbound_addr=192.0.2.9 -v /usr:/usr:ro box /usr/bin/socat -u TCP:192.0.2.1:7777 - | check outbound 'from 192.0.2.9'
 run slirp4netns:enable_ipv6=true box sh -c 'for i in 1 2 3 4 5 6 7 8 9 10; do ip -6 route | grep -q default && break; sleep 0.3; done; ip address show tap0; ip -6 route; wget -q -O - http://[2001:db8::1]:8000/' |
 	check ipv6 'inet6 fd00::' 'default via fe80' '^served$'
 left left-after-run
 
+# Of the two handlers of ports, slirp4netns's shows who the client is.
+declare -A seen=([slirp4netns]='from 192.0.2.9' [rootlesskit]='from ')
 port=8100
 for handler in slirp4netns rootlesskit; do
 	port=$((port + 1))
-	id=$(timeout 30 podman run -d --cgroups=disabled --network "slirp4netns:port_handler=$handler" -p $port:80 box httpd -f -p 80 -h /www 2>&1)
-	get http://127.0.0.1:$port/ | check "publish-$handler" '^inside$'
-	timeout 20 podman rm -f -t 0 "$id" >/dev/null 2>&1
+	id=$(start "slirp4netns:port_handler=$handler" -p $port:80 -p $((port + 10)):82 -p $port:81/udp -v /usr:/usr:ro box \
+		sh -c "$serve & /usr/bin/socat TCP-LISTEN:82,fork '$who' & exec /usr/bin/socat UDP-RECVFROM:81,fork '$who'")
+	get http://127.0.0.1:$port/ | check publish-$handler '^inside$'
+	connect 192.0.2.1:$((port + 10)) bind=192.0.2.9 | check publish-client-$handler "${seen[$handler]}"
+	tell 192.0.2.1:$port bind=192.0.2.9 | check publish-udp-$handler "${seen[$handler]}"
+	timeout 30 podman stop -t 1 "$id" >/dev/null 2>&1
+	left left-after-stop-$handler
+	timeout 30 podman rm -f -t 0 "$id" >/dev/null 2>&1
 done
-left left-after-rm
 
-timeout 20 podman pod create --name pod --infra-image box --infra-command 'sleep 1000' --network slirp4netns -p 8110:80 >/dev/null 2>pod.err || cat pod.err
-timeout 20 podman run -d --cgroups=disabled --pod pod --name web box httpd -f -p 80 -h /www >/dev/null 2>>pod.err
-timeout 20 podman run --rm --cgroups=disabled --pod pod box wget -q -O - http://127.0.0.1/ 2>&1 | check pod-shares '^inside$'
-get http://127.0.0.1:8110/ | check pod-publish '^inside$'
+# A container whose monitor is killed takes its network along.
+start slirp4netns --name orphan box sleep 1000 >/dev/null
+kill -9 "$(podman inspect --format '{{.State.ConmonPid}}' orphan)"
+left left-after-kill
+timeout 30 podman rm -f -t 0 orphan >/dev/null 2>&1
+
+timeout 60 podman pod create --name pod --infra-image box --infra-command 'sleep 1000' --network slirp4netns -p 8130:80 >/dev/null 2>pod.err || cat pod.err
+timeout 60 podman run -d --cgroups=disabled --pod pod --name web box $serve >/dev/null 2>>pod.err
+timeout 60 podman run --rm --cgroups=disabled --pod pod box sh -c 'for i in 1 2 3 4 5 6 7 8 9; do wget -q -O - http://127.0.0.1/ && break; sleep 0.3; done; wget -q -O - http://www.example.test:8000/' 2>&1 |
+	check pod-shares '^inside$' '^served$'
+get http://127.0.0.1:8130/ | check pod-publish '^inside$'
+running | grep -c ' tap0' | check pod-one-network '^1$'
 cat pod.err
 timeout 30 podman pod rm -f -t 0 pod >/dev/null 2>&1
 left left-after-pod
@@ -82,7 +73,14 @@ left left-after-pod
 run slirp4netns box wget -q -O - http://www.example.test:8000/ >two
 wait $!
 cat one two | tr -d '\n' | check both 'servedserved'
-for i in $(seq "${ROUNDS:-3}"); do run slirp4netns box wget -q -O - http://www.example.test:8000/; done | tr -d '\n' | check row "^(served){${ROUNDS:-3}}\$"
+left left-after-both
+
+# Many in a row leave nothing: no process, no file.
+state() { (ps -u "$(id -u)" -o comm= | grep -E '^(catatonit|conmon|crun|podman|rootlessport|slirp4netns|usernet)'; find "$XDG_RUNTIME_DIR" "$TMPDIR") | sort; }
+before=$(state)
+for _ in $(seq "${ROUNDS:-20}"); do run slirp4netns:port_handler=slirp4netns -p 8140:80 box wget -q -O - http://www.example.test:8000/; done | tr -d '\n' | check row "^(served){${ROUNDS:-20}}\$"
 left left-at-end
+diff <(echo "$before") <(state) | check row-leaves-nothing '!.'
+kill $whoami
 podman unshare rm -rf .local >/dev/null 2>&1
 exit 0

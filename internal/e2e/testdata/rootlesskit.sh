@@ -1,51 +1,68 @@
 #!/usr/bin/env bash
-# Run rootlesskit on a program in the place of slirp4netns. Each check prints
-# "ok NAME" or "FAIL NAME" and why.
+# Run rootlesskit on a program in the place of slirp4netns.
 #
-#   rootlesskit.sh PROGRAM
+#   rootlesskit.sh PROGRAM [ROOTLESSKIT]
 set -uo pipefail
+. "$(dirname "$0")/checks.sh"
 program=$1
+rootlesskit=${2:-rootlesskit}
 mkdir -p www
 echo inside >www/index.html
-check() { # NAME PATTERN... reads the text to look at
-	local name=$1 text pattern
-	shift
-	text=$(cat)
-	for pattern in "$@"; do
-		if ! grep -qE -e "$pattern" <<<"$text"; then
-			printf 'FAIL %s: no %s in: %s\n' "$name" "$pattern" "$(tr '\n' '|' <<<"$text")"
-			return
-		fi
-	done
-	echo "ok $name"
-}
-kit() { exec timeout 30 rootlesskit --net=slirp4netns --slirp4netns-binary="$program" --copy-up=/etc --copy-up=/run "$@" 2>&1; }
+kit() { exec timeout 60 "$rootlesskit" --net=slirp4netns --slirp4netns-binary="$program" --copy-up=/etc --copy-up=/run "$@" 2>&1; }
+look='ip address show tap0; ip route; cat /etc/resolv.conf; busybox nslookup www.example.test; busybox wget -q -O - http://www.example.test:8000/'
+await6='for i in 1 2 3 4 5 6 7 8 9 10; do ip -6 address show tap0 | grep "fd00::" | grep -vq tentative && break; sleep 0.3; done'
 
-kit --mtu=65520 sh -c 'ip address show tap0; ip route; cat /etc/resolv.conf; busybox nslookup www.example.test; busybox wget -q -O - http://10.0.2.2:8000/' |
+(kit --mtu=65520 sh -c "$look; busybox wget -q -O - http://10.0.2.2:8000/") |
 	check plain 'inet 10.0.2.100/24' 'mtu 65520' 'default via 10.0.2.2' 'nameserver 10.0.2.3' 'Address.*192.0.2.1' '^served$'
-kit --mtu=65520 --disable-host-loopback --slirp4netns-sandbox=true --slirp4netns-seccomp=true \
-	sh -c 'busybox wget -q -O - http://www.example.test:8000/; socat -u TCP:10.0.2.2:8000,connect-timeout=2 -' |
-	check locked '^served$' 'Network is unreachable'
-kit --mtu=1500 --cidr=10.41.0.0/16 sh -c 'ip address show tap0; busybox wget -q -O - http://www.example.test:8000/' |
-	check cidr 'inet 10.41.0.100/16' '^served$'
-kit --ipv6 sh -c 'for i in 1 2 3 4 5 6 7 8 9 10; do ip -6 address show tap0 | grep "fd00::" | grep -vq tentative && break; sleep 0.3; done; busybox wget -q -O - http://[2001:db8::1]:8000/' |
-	check ipv6 '^served$'
+(kit --mtu=65520 --disable-host-loopback --slirp4netns-sandbox=true --slirp4netns-seccomp=true \
+	sh -c "$look; socat -u TCP:10.0.2.2:8000,connect-timeout=2 -") |
+	check locked 'Address.*192.0.2.1' '^served$' 'Network is unreachable'
+(kit --mtu=1500 --cidr=10.41.0.0/16 --slirp4netns-sandbox=auto --slirp4netns-seccomp=auto sh -c "$look") |
+	check cidr 'inet 10.41.0.100/16' 'mtu 1500' 'default via 10.41.0.2' 'nameserver 10.41.0.3' '^served$'
+(kit --ipv6 sh -c "$await6; ip address show tap0; busybox wget -q -O - http://[2001:db8::1]:8000/") | check ipv6 'inet6 fd00::' '^served$'
+left left-after-run
+
+inner="busybox httpd -f -p 80 -h $PWD/www & exec socat UDP-RECVFROM:81,fork SYSTEM:'echo from \$SOCAT_PEERADDR'"
 port=8200
-for driver in slirp4netns builtin; do
-	port=$((port + 1))
-	kit --port-driver=$driver -p 0.0.0.0:$port:80/tcp busybox httpd -f -p 80 -h "$PWD/www" >log.$driver &
-	kit=$!
-	for _ in $(seq 50); do
-		timeout 2 busybox wget -q -O - http://127.0.0.1:$port/ >page 2>/dev/null && break
-		sleep 0.1
-	done
-	cat page log.$driver | check "publish-$driver" '^inside$'
-	kill $kit
-	wait $kit 2>/dev/null
-done
-for _ in $(seq 50); do
-	pgrep -u "$(id -u)" -f "^$program " >/dev/null || break
-	sleep 0.1
-done
-pgrep -u "$(id -u)" -af "^$program " | sed "s/^/FAIL left-at-end: /" | grep . || echo "ok left-at-end"
+publish() { # NAME OPTION...: who comes in by published ports, and what stays at the end
+	local name=$1 pid
+	shift
+	port=$((port + 2))
+	(kit "$@" -p 0.0.0.0:$port:80/tcp -p 0.0.0.0:$((port + 1)):81/udp sh -c "$inner") >"log.$name" &
+	pid=$!
+	get http://127.0.0.1:$port/ | cat - "log.$name" | check publish-$name '^inside$'
+	tell 192.0.2.1:$((port + 1)) | check publish-udp-$name 'from '
+	kill $pid
+	wait $pid 2>/dev/null
+	left left-after-publish-$name
+}
+publish slirp4netns --port-driver=slirp4netns
+publish builtin --port-driver=builtin
+
+# Ports can come and go, and the client's address is kept.
+(kit --state-dir="$PWD/state" --port-driver=slirp4netns socat TCP-LISTEN:80,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR') >log.ports &
+pid=$!
+ports() { # the API takes a moment to be there
+	local _
+	for _ in $(seq 50); do timeout 5 rootlessctl --socket state/api.sock "$@" 2>>log.ports && return; sleep 0.1; done
+}
+ports add-ports 0.0.0.0:8290:80/tcp | check port-add '^1$'
+connect 192.0.2.1:8290 bind=192.0.2.9 | check port-client 'from 192.0.2.9'
+ports remove-ports 1 | check port-remove '^1$'
+timeout 5 socat -u TCP:192.0.2.1:8290 - 2>&1 | check port-gone 'Connection refused'
+# It is killed, and cannot say good-bye.
+kill -9 "$(cat state/child_pid)" "$(pgrep -P $pid)" 2>/dev/null
+wait $pid 2>/dev/null
+left left-after-kill
+
+if "$rootlesskit" --help | grep -q detach-netns; then
+	enter='nsenter --net=$ROOTLESSKIT_STATE_DIR/netns'
+	(kit --detach-netns --ipv6 --slirp4netns-seccomp=true --disable-host-loopback sh -c \
+		"ip link; exec $enter sh -c '$await6; ip address show tap0; busybox nslookup www.example.test 10.0.2.3; busybox wget -q -O - http://192.0.2.1:8000/; busybox wget -q -O - http://[2001:db8::1]:8000/; socat -u TCP:10.0.2.2:8000,connect-timeout=2 -'") |
+		check detached 'inet 10.0.2.100/24' 'inet6 fd00::' 'Address.*192.0.2.1' '^served$' 'Network is unreachable'
+	echo "$inner" >inner.sh
+	inner="exec $enter sh $PWD/inner.sh"
+	publish detached-builtin --detach-netns --port-driver=builtin
+	publish detached-slirp4netns --detach-netns --port-driver=slirp4netns
+fi
 exit 0

@@ -1,26 +1,12 @@
 #!/usr/bin/env bash
 # Check what users of slirp4netns count on, on a program of that name: the
-# original, or usernet. Each check prints "ok NAME" or "FAIL NAME" and why.
+# original, or usernet.
 #
 #   slirp4netns.sh PROGRAM
 set -uo pipefail
-program=$1
 here=$(dirname "$(realpath "$0")")
-check() { # NAME PATTERN... reads the text to look at; !PATTERN must not be in it
-	local name=$1 text pattern
-	shift
-	text=$(cat)
-	for pattern in "$@"; do
-		if [ "${pattern#!}" != "$pattern" ]; then
-			! grep -qE -e "${pattern#!}" <<<"$text" && continue
-		elif grep -qE -e "$pattern" <<<"$text"; then
-			continue
-		fi
-		printf 'FAIL %s: not %s in: %s\n' "$name" "$pattern" "$(tr '\n' '|' <<<"$text")"
-		return
-	done
-	echo "ok $name"
-}
+. "$here/checks.sh"
+program=$1
 guest=
 network=
 inside() { nsenter -t "$guest" --user --net --preserve-credentials "$@"; }
