@@ -84,6 +84,10 @@ type Config struct {
 	IPv6      IPv6Mode
 	Configure Configure
 
+	// Guest4 and Guest6 are the guest's addresses in the subnets; default .100
+	// and ::100.
+	Guest4, Guest6 netip.Addr
+
 	// DNS are the resolvers to ask, port 0 meaning 53. If there are none, those
 	// of ResolvConf are asked, as they change.
 	DNS        []netip.AddrPort
@@ -170,15 +174,17 @@ func (c Config) Addresses() Addresses {
 		Prefix4:   c.CIDR,
 		Gateway4:  addrIn(c.CIDR, gatewayHost),
 		DNS4:      addrIn(c.CIDR, dnsHost),
-		Guest4:    addrIn(c.CIDR, guestHost),
+		Guest4:    c.Guest4,
 		PoolStart: addrIn(c.CIDR, poolStartHost),
 		PoolEnd:   addrIn(c.CIDR, poolEndHost),
 	}
+	setDefault(&a.Guest4, addrIn(c.CIDR, guestHost))
 	if c.hasIPv6() {
 		a.Prefix6 = c.CIDR6
 		a.Gateway6 = addrIn(c.CIDR6, gatewayHost)
 		a.DNS6 = addrIn(c.CIDR6, dnsHost)
-		a.Guest6 = addrIn(c.CIDR6, guestHost6)
+		a.Guest6 = c.Guest6
+		setDefault(&a.Guest6, addrIn(c.CIDR6, guestHost6))
 	}
 	return a
 }
@@ -277,7 +283,7 @@ func badConfig(format string, args ...any) error {
 func (c Config) Validate() error {
 	c = c.withDefaults()
 	for _, check := range []func() error{
-		c.checkTarget, c.checkKinds, c.checkInterface, c.checkSubnets, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish,
+		c.checkTarget, c.checkKinds, c.checkInterface, c.checkSubnets, c.checkGuest, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish,
 	} {
 		if err := check(); err != nil {
 			return err

@@ -79,6 +79,18 @@ func TestValidate(t *testing.T) {
 		config Config
 		want   string // part of the error; empty: none
 	}{
+		{"guest's addresses", set(func(c *Config) {
+			c.Guest4, c.Guest6 = netip.MustParseAddr("10.0.2.77"), netip.MustParseAddr("fd75:736e:6574::77")
+		}), ""},
+		{"guest of another subnet", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("10.0.3.77") }), "give guest the address 10.0.3.77: it is not in its subnet 10.0.2.0/24"},
+		{"guest of another family", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("fd00::1") }), "it is not in its subnet 10.0.2.0/24"},
+		{"guest is gateway", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("10.0.2.2") }), "the gateway or its DNS server has it"},
+		{"guest is DNS6", set(func(c *Config) { c.Guest6 = netip.MustParseAddr("fd75:736e:6574::3") }), "the gateway or its DNS server has it"},
+		{"guest is broadcast", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("10.0.2.255") }), "it is that of the subnet"},
+		{"guest is network", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("10.0.2.0") }), "it is that of the subnet"},
+		{"guest in pool", set(func(c *Config) { c.Guest4 = netip.MustParseAddr("10.0.2.15") }), "DHCP leases those from 10.0.2.15 to 10.0.2.30"},
+		{"guest without IPv6", set(func(c *Config) { c.Guest6, c.IPv6 = netip.MustParseAddr("fd75:736e:6574::77"), IPv6Off }), "there is no IPv6"},
+		{"guest by DHCP", set(func(c *Config) { c.Guest4, c.Configure = netip.MustParseAddr("10.0.2.77"), ConfigureNone }), "a DHCP client inside finds its own"},
 		{"path", set(func(*Config) {}), ""},
 		{"process", Config{PID: 1}, ""},
 		{"open TAP", Config{TapFile: os.Stdin}, ""},

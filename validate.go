@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -172,6 +173,43 @@ func checkPrivate(p netip.Prefix) error {
 		example = DefaultCIDR6
 	}
 	return badConfig("use subnet %v: it overlaps %s: choose a private one such as %v", p, what, example)
+}
+
+// checkGuest checks the guest's addresses, if they are not the usual ones.
+func (c Config) checkGuest() error {
+	a := c.Addresses()
+	for _, g := range []struct {
+		addr   netip.Addr
+		subnet netip.Prefix
+		others []netip.Addr
+	}{
+		{c.Guest4, c.CIDR, []netip.Addr{a.Gateway4, a.DNS4}},
+		{c.Guest6, c.CIDR6, []netip.Addr{a.Gateway6, a.DNS6}},
+	} {
+		switch {
+		case !g.addr.IsValid():
+		case c.Configure == ConfigureNone:
+			return badConfig("give guest the address %v: a DHCP client inside finds its own: leave out the one or the other", g.addr)
+		case g.addr.Is6() && !c.hasIPv6():
+			return badConfig("give guest the address %v: there is no IPv6: switch it on, with an MTU of %d or more", g.addr, minMTU6)
+		case !g.subnet.Contains(g.addr):
+			return badConfig("give guest the address %v: it is not in its subnet %v: choose one there", g.addr, g.subnet)
+		case g.addr == g.subnet.Addr() || g.addr.Is4() && g.addr == lastAddr(g.subnet):
+			return badConfig("give guest the address %v: it is that of the subnet %v itself: choose another", g.addr, g.subnet)
+		case slices.Contains(g.others, g.addr):
+			return badConfig("give guest the address %v: the gateway or its DNS server has it: choose another", g.addr)
+		case g.addr.Is4() && a.PoolStart.Compare(g.addr) <= 0 && g.addr.Compare(a.PoolEnd) <= 0:
+			return badConfig("give guest the address %v: DHCP leases those from %v to %v: choose another", g.addr, a.PoolStart, a.PoolEnd)
+		}
+	}
+	return nil
+}
+
+// lastAddr returns the broadcast address of an IPv4 subnet.
+func lastAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().As4()
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])|^uint32(0)>>p.Bits())
+	return netip.AddrFrom4(b)
 }
 
 func (c Config) checkNames() error {

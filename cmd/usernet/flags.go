@@ -45,6 +45,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 		"IPv4 subnet: the gateway is .2, the DNS server .3, the guest .100 or a DHCP lease from .15 to .30")
 	define(link, &c.CIDR6, "cidr6", "CIDR", usernet.DefaultCIDR6, prefix,
 		"IPv6 subnet, a /64: the gateway is ::2, the DNS server ::3, the guest ::100")
+	link.Var(&guestAddr{c, ""}, "ip", "address of the guest in one of these subnets; repeatable, one of each family")
 	enum(link, &c.IPv6, "ipv6", usernet.IPv6Auto, []usernet.IPv6Mode{usernet.IPv6Auto, usernet.IPv6On, usernet.IPv6Off},
 		"IPv6: auto gives addresses always, and a default route while the host has one")
 	enum(link, &c.Configure, "configure", usernet.ConfigureStatic, []usernet.Configure{usernet.ConfigureStatic, usernet.ConfigureNone},
@@ -195,6 +196,31 @@ func (p *publish) Set(s string) error {
 
 func (p *publish) String() string { return "" }
 func (p *publish) Type() string   { return "SPEC" }
+
+// guestAddr is the flag for the guest's address of either family.
+type guestAddr struct {
+	to   *usernet.Config
+	text string
+}
+
+func (g *guestAddr) Set(s string) error {
+	a, err := address(s)
+	if err != nil {
+		return err
+	}
+	to := &g.to.Guest4
+	if a.Is6() {
+		to = &g.to.Guest6
+	}
+	if to.IsValid() {
+		return fmt.Errorf("the guest has %v already: give one address of each family", *to)
+	}
+	*to, g.text = a, s
+	return nil
+}
+
+func (g *guestAddr) String() string { return g.text }
+func (g *guestAddr) Type() string   { return "ADDR" }
 
 // A toggle is a flag with the values on and off that sets its inverse.
 type toggle struct{ off *bool }

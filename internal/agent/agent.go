@@ -219,6 +219,20 @@ func (a *Agent) status(verb string, q *request) (Status, error) {
 	return *r.Status, nil
 }
 
+// Look tells what an interface is like that may not be the agent's. If there is
+// none of the name, errors.Is(err, syscall.ENODEV).
+func (a *Agent) Look(name string) (View, error) {
+	r, fds, err := a.call(&request{Op: opLook, Name: name})
+	closeFDs(fds)
+	if err == nil && r.View == nil {
+		err = errors.New("the answer has no view")
+	}
+	if err != nil {
+		return View{}, fmt.Errorf("agent: look at interface: %w", err)
+	}
+	return *r.View, nil
+}
+
 // SetDefaultRoute6 sets or removes the IPv6 default route that Configure knows.
 // Without IPv6 in the namespace it does nothing.
 func (a *Agent) SetDefaultRoute6(on bool) error {

@@ -241,6 +241,8 @@ func (s *server) answer(q *request) (reply, []int) {
 		r.Status, err = s.net.configure(*q.Addresses)
 	case q.Op == opSetUp:
 		r.Status, err = s.net.setUp()
+	case q.Op == opLook:
+		r.View, err = s.net.look(q.Name)
 	case q.Op == opRoute6:
 		err = s.net.setDefaultRoute6(q.On)
 	case q.Op == opCleanup:

@@ -267,3 +267,41 @@ func ipNet(p netip.Prefix) *net.IPNet {
 		Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()),
 	}
 }
+
+// look reads what an interface is like.
+func (n *network) look(name string) (*View, error) {
+	l, err := n.handle.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil, fmt.Errorf("find %s: %w", name, unix.ENODEV)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find %s: %w", name, err)
+	}
+	at := l.Attrs()
+	v := &View{Up: at.Flags&net.FlagUp != 0, MAC: at.HardwareAddr, MTU: at.MTU}
+	addrs, err := n.handle.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", name, err)
+	}
+	for _, a := range addrs {
+		ip, _ := netip.AddrFromSlice(a.IP)
+		bits, _ := a.Mask.Size()
+		if ip = ip.Unmap(); ip.IsValid() && !ip.IsLinkLocalUnicast() {
+			v.Addrs = append(v.Addrs, netip.PrefixFrom(ip, bits))
+		}
+	}
+	for family, gateway := range map[int]*netip.Addr{netlink.FAMILY_V4: &v.Gateway4, netlink.FAMILY_V6: &v.Gateway6} {
+		routes, err := n.handle.RouteList(l, family)
+		if err != nil {
+			return nil, fmt.Errorf("list routes by %s: %w", name, err)
+		}
+		for _, r := range routes {
+			if r.Dst != nil && !r.Dst.IP.IsUnspecified() || r.Gw == nil {
+				continue
+			}
+			ip, _ := netip.AddrFromSlice(r.Gw)
+			*gateway = ip.Unmap()
+		}
+	}
+	return v, nil
+}

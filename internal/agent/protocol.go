@@ -24,6 +24,7 @@ const (
 	opLink      = "link"
 	opConfigure = "configure"
 	opSetUp     = "set-up"
+	opLook      = "look"
 	opRoute6    = "default-route6"
 	opCleanup   = "cleanup"
 	opSockets   = "sockets"
@@ -36,6 +37,7 @@ type request struct {
 	Addresses *Addresses `json:"addresses,omitempty"`
 	On        bool       `json:"on,omitempty"`
 	Paths     []string   `json:"paths,omitempty"`
+	Name      string     `json:"name,omitempty"`
 }
 
 type reply struct {
@@ -44,6 +46,7 @@ type reply struct {
 	Link   *Link         `json:"link,omitempty"`
 	Status *Status       `json:"status,omitempty"`
 	Inside *Inside       `json:"inside,omitempty"`
+	View   *View         `json:"view,omitempty"`
 	Paths  []string      `json:"paths,omitempty"` // of opCleanup: what the agent cannot remove
 }
 
@@ -98,6 +101,16 @@ type Addresses struct {
 type Status struct {
 	IPv6     bool     `json:"ipv6"`               // the interface speaks IPv6
 	Warnings []string `json:"warnings,omitempty"` // what could not be done, and why
+}
+
+// A View is what an interface in the namespace looks like.
+type View struct {
+	Up       bool             `json:"up"`
+	MAC      net.HardwareAddr `json:"mac"`
+	MTU      int              `json:"mtu"`
+	Addrs    []netip.Prefix   `json:"addrs"`             // without the link-local ones
+	Gateway4 netip.Addr       `json:"gateway4,omitzero"` // of a default route by this interface
+	Gateway6 netip.Addr       `json:"gateway6,omitzero"`
 }
 
 // remoteError is an error that happened in the agent.
