@@ -152,17 +152,28 @@ func (l *link) WriteFrame(_ vnet.Header, parts0, parts1, parts2 []byte) error {
 // WritePackets implements stack.LinkWriter.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for _, pkt := range pkts.AsSlice() {
-		views, skip := pkt.AsViewList()
-		size := pkt.Size()
-		for v := views.Front(); v != nil; v = v.Next() {
-			if b := v.AsSlice(); skip < len(b) {
-				l.guest(b[skip:], size-(len(b)-skip))
-				break
-			}
-			skip -= v.Size()
-		}
+		l.write(pkt)
 	}
 	return pkts.Len(), nil
+}
+
+// WritePacket implements stack.Link.
+func (l *link) WritePacket(to tcpip.Address, pkt *stack.PacketBuffer) tcpip.Error {
+	l.addHeader(to, pkt)
+	l.write(pkt)
+	return nil
+}
+
+func (l *link) write(pkt *stack.PacketBuffer) {
+	views, skip := pkt.AsViewList()
+	size := pkt.Size()
+	for v := views.Front(); v != nil; v = v.Next() {
+		if b := v.AsSlice(); skip < len(b) {
+			l.guest(b[skip:], size-(len(b)-skip))
+			break
+		}
+		skip -= v.Size()
+	}
 }
 
 // SetReceiver implements stack.Link.
@@ -172,8 +183,12 @@ func (l *link) SetReceiver(r func(vnet.Header, []byte, []byte) bool, resolve fun
 
 // AddHeader implements stack.NetworkLinkEndpoint.
 func (l *link) AddHeader(pkt *stack.PacketBuffer) {
+	l.addHeader(pkt.EgressRoute.RemoteAddress, pkt)
+}
+
+func (l *link) addHeader(to tcpip.Address, pkt *stack.PacketBuffer) {
 	eth := pkt.LinkHeader().Push(ethLen)
-	dst := l.resolve(pkt.EgressRoute.RemoteAddress)
+	dst := l.resolve(to)
 	copy(eth[0:6], dst[:])
 	copy(eth[6:12], l.mac[:])
 	binary.BigEndian.PutUint16(eth[12:], uint16(pkt.NetworkProtocolNumber))

@@ -56,6 +56,14 @@ func (l *memLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) 
 	return pkts.Len(), nil
 }
 
+func (l *memLink) WritePacket(to tcpip.Address, pkt *gstack.PacketBuffer) tcpip.Error {
+	l.addHeader(to, pkt)
+	var one gstack.PacketBufferList
+	one.PushBack(pkt)
+	_, err := l.WritePackets(one)
+	return err
+}
+
 func (l *memLink) MTU() uint32                           { return l.mtu }
 func (l *memLink) SetMTU(uint32)                         {}
 func (l *memLink) MaxHeaderLength() uint16               { return header.EthernetMinimumSize }
@@ -81,8 +89,12 @@ func (l *memLink) SupportedGSO() gstack.SupportedGSO {
 }
 
 func (l *memLink) AddHeader(pkt *gstack.PacketBuffer) {
+	l.addHeader(pkt.EgressRoute.RemoteAddress, pkt)
+}
+
+func (l *memLink) addHeader(to tcpip.Address, pkt *gstack.PacketBuffer) {
 	eth := pkt.LinkHeader().Push(header.EthernetMinimumSize)
-	mac := l.resolve(pkt.EgressRoute.RemoteAddress)
+	mac := l.resolve(to)
 	copy(eth, mac[:])
 	copy(eth[6:], testGatewayMAC[:])
 	binary.BigEndian.PutUint16(eth[12:], uint16(pkt.NetworkProtocolNumber))

@@ -39,6 +39,8 @@ type Link interface {
 	SetReceiver(receive func(h vnet.Header, eth, tail []byte) bool, resolve func(tcpip.Address) [6]byte)
 	// WriteFrame sends the frame that head, a and b make up.
 	WriteFrame(h vnet.Header, head, a, b []byte) error
+	// WritePacket sends a packet that has all but its link header.
+	WritePacket(to tcpip.Address, pkt *stack.PacketBuffer) tcpip.Error
 	// Detach lets go of the device, while frames may still be sent.
 	Detach()
 }
@@ -150,7 +152,7 @@ func New(cfg Config) (*Stack, error) {
 	s.conns.Store(&map[netip.AddrPort]*packetConn{})
 
 	s.ns = stack.New(stack.Options{
-		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		NetworkProtocols: []stack.NetworkProtocolFactory{s.shortcut(ipv4.NewProtocol), s.shortcut(ipv6.NewProtocol)},
 		TransportProtocols: []stack.TransportProtocolFactory{
 			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},

@@ -371,6 +371,16 @@ func (e *Endpoint) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) 
 	return pkts.Len(), nil
 }
 
+// WritePacket sends one packet to a guest, without a link header yet and past
+// netstack's queueing discipline.
+func (e *Endpoint) WritePacket(to tcpip.Address, pkt *stack.PacketBuffer) tcpip.Error {
+	e.addHeader(to, pkt)
+	if err := e.writePacket(pkt); err != nil {
+		return &tcpip.ErrNoBufferSpace{}
+	}
+	return nil
+}
+
 func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) error {
 	if e.holdAcks && pkt.TransportProtocolNumber == header.TCPProtocolNumber && e.acks.hold(e, pkt) {
 		return nil
@@ -484,8 +494,12 @@ func (e *Endpoint) ARPHardwareType() header.ARPHardwareType { return header.ARPH
 
 // AddHeader implements stack.NetworkLinkEndpoint.
 func (e *Endpoint) AddHeader(pkt *stack.PacketBuffer) {
+	e.addHeader(pkt.EgressRoute.RemoteAddress, pkt)
+}
+
+func (e *Endpoint) addHeader(to tcpip.Address, pkt *stack.PacketBuffer) {
 	eth := pkt.LinkHeader().Push(header.EthernetMinimumSize)
-	dst := e.resolve(pkt.EgressRoute.RemoteAddress)
+	dst := e.resolve(to)
 	copy(eth[0:6], dst[:])
 	copy(eth[6:12], e.mac[:])
 	eth[12] = byte(pkt.NetworkProtocolNumber >> 8)
