@@ -65,7 +65,7 @@ func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: end, Guest: guest{g.stack}, Policy: policy,
-		Outbound: outbound, Logger: c.Logger,
+		Clock: g.stack, Outbound: outbound, Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()

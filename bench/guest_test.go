@@ -71,7 +71,7 @@ func newNetwork(t testing.TB, mtu int, handle func(n *network, head []byte, payl
 		t.Fatal(err)
 	}
 	n.fwd, err = forwarder.New(forwarder.Config{
-		Netstack: n.stk.Netstack(), Link: n.link, Guest: errorsTo{n.stk},
+		Netstack: n.stk.Netstack(), Clock: n.stk, Link: n.link, Guest: errorsTo{n.stk},
 		Policy: forwarder.NewPolicy(forwarder.PolicyConfig{
 			Gateways: []netip.Addr{gatewayAddr}, Virtual: []netip.Prefix{subnet}, HostLoopback: true,
 		}),

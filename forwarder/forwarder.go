@@ -24,10 +24,18 @@ type Link interface {
 	Receive(max int) (int, error)
 	// Held reports whether the link keeps acknowledgements back, in the hope
 	// that a segment makes them superfluous; Flush sends those that are due.
-	// NotifyHeld sets who is told of the first, from any goroutine.
+	// NotifyHeld sets who is told of the first, from any goroutine. Flush is
+	// called at the beginning of every turn.
 	Held() bool
 	NotifyHeld(func())
 	Flush(now time.Time)
+}
+
+// Clock is netstack's clock. It stands still during a turn, so that nobody has
+// to ask the machine for the time of every segment.
+type Clock interface {
+	StopClock(now time.Time)
+	ResumeClock()
 }
 
 // Guest is how datagrams, echo replies and errors reach the guest. Its methods
@@ -67,6 +75,7 @@ type Config struct {
 	Guest    Guest
 	Policy   *Policy
 	Outbound Outbound
+	Clock    Clock // nil: netstack's clock is its own
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.
@@ -207,6 +216,8 @@ const maxBatch = 64
 
 // turn does a bounded amount of what is ready now, or waits until something is.
 func (f *Forwarder) turn(ctx context.Context) error {
+	f.setTime()
+	f.cfg.Link.Flush(f.now)
 	worked := f.linkReady
 	if f.linkReady {
 		if err := f.receive(); err != nil {
@@ -218,11 +229,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		runtime.Gosched()
 		runtime.Gosched()
 	}
-	f.now = time.Now()
 	if !f.now.Before(f.nextSweep) {
 		f.sweep()
 	}
-	f.cfg.Link.Flush(f.now)
 	f.takeQueue()
 	if f.runFlows() || worked {
 		f.poll.wait(false, 0)
@@ -238,10 +247,21 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		if f.cfg.Link.Held() {
 			timeout = heldTimeout
 		}
+		if f.cfg.Clock != nil {
+			f.cfg.Clock.ResumeClock()
+		}
 		f.poll.wait(true, timeout)
 	}
 	f.wake.sleeping.Store(false)
 	return nil
+}
+
+// setTime makes it the time of this turn.
+func (f *Forwarder) setTime() {
+	f.now = time.Now()
+	if f.cfg.Clock != nil {
+		f.cfg.Clock.StopClock(f.now)
+	}
 }
 
 const (
@@ -350,6 +370,9 @@ func (f *Forwarder) sweepIn(d time.Duration) {
 }
 
 func (f *Forwarder) close() {
+	if f.cfg.Clock != nil {
+		f.cfg.Clock.ResumeClock()
+	}
 	f.endCalls()
 	f.tcp.close()
 	f.udp.close()

@@ -112,6 +112,7 @@ type Stack struct {
 	log   *slog.Logger
 	link  Link
 	ns    *stack.Stack
+	clock *clock
 	hooks Hooks
 	vnet  bool // the link completes checksums
 	stats Stats
@@ -140,7 +141,7 @@ func New(cfg Config) (*Stack, error) {
 	}
 	cfg.Prefix4 = cfg.Prefix4.Masked()
 	s := &Stack{
-		cfg: cfg, log: cfg.Logger, link: cfg.Link,
+		cfg: cfg, log: cfg.Logger, link: cfg.Link, clock: newClock(),
 		vnet:    cfg.Link.SupportedGSO() == stack.HostGSOSupported,
 		bcast4:  lastAddr(cfg.Prefix4),
 		icmpLim: rate.NewLimiter(1000, 50), // the figures of Linux's icmp_msgs_per_sec and icmp_msgs_burst
@@ -156,6 +157,7 @@ func New(cfg Config) (*Stack, error) {
 		TransportProtocols: []stack.TransportProtocolFactory{
 			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
+		Clock: s.clock,
 		// The guest's addresses are not ours to deliver locally.
 		HandleLocal: false,
 	})

@@ -31,7 +31,7 @@ const (
 	maxAckHeld = 8 << 10
 	// ackSlots is how many flows may have an ACK held at a time. Two flows
 	// that hash to one slot disturb each other, no more.
-	ackSlots = 256
+	ackSlots = 1024
 	// maxAckFrame is an Ethernet, an IPv6 and a TCP header with timestamps,
 	// the longest frame that is held.
 	maxAckFrame = header.EthernetMinimumSize + header.IPv6MinimumSize + header.TCPMinimumSize + 12
@@ -43,8 +43,9 @@ type ackHolder struct {
 	notify func()       // called when the first is held
 
 	mu    sync.Mutex // guards following
+	now   time.Time  // of the last Flush
 	slots [ackSlots]ackSlot
-	list  [ackSlots]uint8 // slots that hold frames, oldest first
+	list  [ackSlots]uint16 // slots that hold frames, oldest first
 	n     int
 }
 
@@ -71,7 +72,7 @@ func (a *ackHolder) hold(e *Endpoint, pkt *stack.PacketBuffer) bool {
 	ports := binary.BigEndian.Uint32(tcp)
 	addr := addrDigest(ip)
 	ack, flags := tcp.AckNumber(), tcp.Flags()
-	i := uint8((ports * 2654435761) >> 24)
+	i := uint16((ports * 2654435761) >> 22)
 
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -89,7 +90,7 @@ func (a *ackHolder) hold(e *Endpoint, pkt *stack.PacketBuffer) bool {
 			}
 			a.list[a.n] = i
 			a.n++
-			s.since = time.Now()
+			s.since = a.now
 			if a.held.Add(1) == 1 && a.notify != nil {
 				a.notify()
 			}
@@ -143,7 +144,7 @@ func addrDigest(ip []byte) uint64 {
 }
 
 // send sends what slot i holds.
-func (a *ackHolder) send(e *Endpoint, i uint8) {
+func (a *ackHolder) send(e *Endpoint, i uint16) {
 	s := &a.slots[i]
 	var pre [vnet.Size]byte
 	iov := [2]unix.Iovec{{Base: &pre[0], Len: vnet.Size}, {Base: &s.frame[0], Len: uint64(s.size)}}
@@ -159,7 +160,7 @@ func (a *ackHolder) send(e *Endpoint, i uint8) {
 }
 
 // drop forgets what slot i holds.
-func (a *ackHolder) drop(i uint8) {
+func (a *ackHolder) drop(i uint16) {
 	a.slots[i].size = 0
 	for k := range a.list[:a.n] {
 		if a.list[k] == i {
@@ -178,14 +179,14 @@ func (e *Endpoint) NotifyHeld(f func()) { e.acks.notify = f }
 // Held reports whether acknowledgements are kept back, which Flush will send.
 func (e *Endpoint) Held() bool { return e.acks.held.Load() > 0 }
 
-// Flush sends the acknowledgements that have been kept back for AckDelay.
+// Flush sends the acknowledgements that have been kept back for AckDelay. now is
+// also what those to come are kept back from, so it has to be called before
+// frames are received.
 func (e *Endpoint) Flush(now time.Time) {
-	if !e.Held() {
-		return
-	}
 	a := &e.acks
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.now = now
 	for a.n > 0 && now.Sub(a.slots[a.list[0]].since) >= AckDelay {
 		a.send(e, a.list[0])
 	}
