@@ -117,6 +117,7 @@ type Forwarder struct {
 
 	poll *poller
 	wake *waker
+	spin spinner
 
 	linkReady bool
 	linkBatch int
@@ -241,6 +242,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		return nil
 	}
 	runtime.Gosched()
+	if f.spin.due() && f.spinUntilEvent() {
+		return nil
+	}
 	f.wake.sleeping.Store(true)
 	if f.queueLen() == 0 && ctx.Err() == nil {
 		timeout := int(f.nextSweep.Sub(f.now)/time.Millisecond) + 1
@@ -251,6 +255,7 @@ func (f *Forwarder) turn(ctx context.Context) error {
 			f.cfg.Clock.ResumeClock()
 		}
 		f.poll.wait(true, timeout)
+		f.spin.woken(time.Since(f.now))
 	}
 	f.wake.sleeping.Store(false)
 	return nil
