@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/usernet/usernet/internal/congestion"
 )
 
 // Link is where the guest's frames come from. Receive delivers up to max
@@ -135,6 +137,9 @@ type Forwarder struct {
 	// Flows that have something to move, in the order of their turns.
 	ready fifo
 
+	// congestion is for host sockets whose other end is on this host.
+	congestion string
+
 	tcp  tcpTable
 	udp  udpTable
 	echo echoTable
@@ -165,7 +170,8 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	f := &Forwarder{cfg: cfg, log: cfg.Logger, policy: cfg.Policy, guest: cfg.Guest, linkBatch: 1, epoch: time.Now()}
+	f := &Forwarder{cfg: cfg, log: cfg.Logger, policy: cfg.Policy, guest: cfg.Guest, linkBatch: 1, epoch: time.Now(),
+		congestion: congestion.Local()}
 	f.now = f.epoch
 	var err error
 	if f.poll, err = newPoller(); err != nil {

@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/congestion"
 )
 
 // Inbound is a published port: where the host listens, and where in the guest
@@ -259,6 +261,9 @@ func (t *inboundTable) resume() {
 
 // admit leads a client to the guest. A client on a unix socket has no address.
 func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
+	if client.IsValid() && t.f.onHost(client.Addr()) {
+		congestion.Set(fd, t.f.congestion)
+	}
 	to := p.to(client.Addr())
 	from := t.seen(client, to.Addr())
 	inside := t.inside != nil && p.Own && !t.f.now.Before(p.detour) && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)

@@ -12,6 +12,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/usernet/usernet/internal/congestion"
 )
 
 // tcpTable holds the TCP flows of a Forwarder.
@@ -161,10 +163,14 @@ func (f *Forwarder) dialTCP(dst netip.AddrPort) (int, unix.Errno) {
 	// it is in the stream.
 	setInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	setInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	local := f.onHost(dst.Addr())
+	if local {
+		congestion.Set(fd, f.congestion)
+	}
 	var ra rawAddr
 	ra.set(dst)
 	errno = rawConnect(fd, &ra)
-	if errno == unix.EINPROGRESS && (dst.Addr().IsLoopback() || f.policy.isLocal(dst.Addr())) {
+	if errno == unix.EINPROGRESS && local {
 		// On this host the handshake took place inside the call. Asking
 		// again brings the result without a turn through epoll.
 		errno = rawConnect(fd, &ra)
@@ -178,6 +184,9 @@ func (f *Forwarder) dialTCP(dst netip.AddrPort) (int, unix.Errno) {
 	unix.Close(fd)
 	return -1, errno
 }
+
+// onHost reports whether a is one of this host's addresses.
+func (f *Forwarder) onHost(a netip.Addr) bool { return a.IsLoopback() || f.policy.isLocal(a) }
 
 // dial is a connection attempt that the guest waits for. It holds the guest's
 // SYN, which is answered when the outcome is known.

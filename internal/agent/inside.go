@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/congestion"
 )
 
 // Sockets that speak for a client outside. Such a socket is bound to the
@@ -37,8 +39,10 @@ type inside struct {
 	err4     error // why there are none for clients of IPv4
 	err6     error
 	undo     []func()
-	buf      [dialSize * maxDials]byte
-	out      [answerSize * maxDials]byte
+	// congestion is for connections from the parent to servers inside.
+	congestion string
+	buf        [dialSize * maxDials]byte
+	out        [answerSize * maxDials]byte
 }
 
 // open returns the parent's end of a new socket pair.
@@ -74,6 +78,7 @@ func (in *inside) open(n *network) (*Inside, int, error) {
 
 // prepare readies the namespace.
 func (in *inside) prepare(n *network) {
+	in.congestion = n.congestion
 	lo, err := n.handle.LinkByName("lo")
 	if err != nil {
 		in.err4, in.err6 = err, err
@@ -119,7 +124,8 @@ func (in *inside) route(h *netlink.Handle, family, lo int) error {
 	}
 	r := &netlink.Route{
 		Family: family, LinkIndex: lo, Table: table, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
-		Dst: &net.IPNet{IP: net.IP(everything.Addr().AsSlice()), Mask: net.CIDRMask(0, everything.Addr().BitLen())},
+		Dst:     &net.IPNet{IP: net.IP(everything.Addr().AsSlice()), Mask: net.CIDRMask(0, everything.Addr().BitLen())},
+		Congctl: in.congestion, // of what servers inside send
 	}
 	switch err := h.RouteAdd(r); {
 	case err == nil:
@@ -168,7 +174,7 @@ func (in *inside) serve() {
 	out := in.out[:0]
 	for b := in.buf[:n]; len(b) > 0; b = b[dialSize:] {
 		id, from, to := parseDial(b)
-		fd, err := dial(from, to)
+		fd, err := in.dial(from, to)
 		var errno unix.Errno
 		if err != nil {
 			errno = unix.EIO
@@ -210,18 +216,18 @@ func sendTo(fd int, b []byte, fds []int) error {
 // dial begins a connection to one of the namespace's addresses that seems to
 // come from another. If the client's port is taken inside, the connection comes
 // from another port of the client's.
-func dial(from, to netip.AddrPort) (int, error) {
-	fd, err := dialFrom(from, to)
+func (in *inside) dial(from, to netip.AddrPort) (int, error) {
+	fd, err := in.dialFrom(from, to)
 	if err == nil {
 		return fd, nil
 	}
 	if from.Port() == 0 || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.EACCES) {
 		return -1, err
 	}
-	return dialFrom(netip.AddrPortFrom(from.Addr(), 0), to)
+	return in.dialFrom(netip.AddrPortFrom(from.Addr(), 0), to)
 }
 
-func dialFrom(from, to netip.AddrPort) (fd int, err error) {
+func (in *inside) dialFrom(from, to netip.AddrPort) (fd int, err error) {
 	domain, level, transparent := unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT
 	if to.Addr().Is6() {
 		domain, level, transparent = unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT
@@ -252,6 +258,7 @@ func dialFrom(from, to netip.AddrPort) (fd int, err error) {
 			return -1, err
 		}
 	}
+	congestion.Set(fd, in.congestion)
 	if err := unix.Bind(fd, sockaddr(from)); err != nil {
 		return -1, err
 	}

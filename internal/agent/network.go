@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/congestion"
 )
 
 // minMTU6 is the least MTU of a link that speaks IPv6 (RFC 8200 section 5).
@@ -26,6 +28,8 @@ type network struct {
 	link     netlink.Link // nil before openLink
 	gateway6 netip.Addr
 	ipv6     bool
+
+	congestion string // for connections that end in usernet, "" is the namespace's
 }
 
 func newNetwork() (*network, error) {
@@ -33,7 +37,7 @@ func newNetwork() (*network, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &network{handle: h}, nil
+	return &network{handle: h, congestion: congestion.Local()}, nil
 }
 
 // newHandle opens a netlink socket in the thread's network namespace.
@@ -66,6 +70,9 @@ func (n *network) configure(a Addresses) (*Status, error) {
 		if err := n.addAddress(a.Addr4, 0); err != nil {
 			return nil, err
 		}
+		if err := n.tuneSubnet(netlink.FAMILY_V4, a.Addr4); err != nil {
+			status.Warnings = append(status.Warnings, err.Error())
+		}
 	}
 	if a.Gateway4.IsValid() {
 		if err := n.addDefault(netlink.FAMILY_V4, a.Gateway4); err != nil {
@@ -83,6 +90,9 @@ func (n *network) configure(a Addresses) (*Status, error) {
 		return status, nil
 	}
 	status.IPv6 = true
+	if err := n.tuneSubnet(netlink.FAMILY_V6, a.Addr6); err != nil {
+		status.Warnings = append(status.Warnings, err.Error())
+	}
 	if a.Default6 {
 		if err := n.setDefaultRoute6(true); err != nil {
 			status.Warnings = append(status.Warnings, "no IPv6 default route: "+err.Error())
@@ -214,6 +224,32 @@ func (n *network) addAddress(p netip.Prefix, flags int) error {
 	return nil
 }
 
+// tuneSubnet has connections to the gateway use the link's congestion control,
+// by the route that the kernel has made for the subnet. They end in usernet,
+// whatever lies behind it.
+func (n *network) tuneSubnet(family int, p netip.Prefix) error {
+	if n.congestion == "" {
+		return nil
+	}
+	r := &netlink.Route{
+		LinkIndex: n.link.Attrs().Index, Family: family, Protocol: unix.RTPROT_KERNEL,
+		Dst: ipNet(p.Masked()), Congctl: n.congestion,
+	}
+	if family == netlink.FAMILY_V4 {
+		r.Scope, r.Src = netlink.SCOPE_LINK, net.IP(p.Addr().AsSlice())
+	} else {
+		r.Priority = metric6
+	}
+	if err := n.handle.RouteReplace(r); err != nil {
+		return fmt.Errorf("set congestion control of the route to %v: %w", p.Masked(), err)
+	}
+	return nil
+}
+
+// metric6 is what the kernel gives the route of an address's subnet
+// (IP6_RT_PRIO_ADDRCONF).
+const metric6 = 256
+
 // addDefault adds a default route. Another one is not ours to replace.
 func (n *network) addDefault(family int, gateway netip.Addr) error {
 	err := n.handle.RouteAdd(n.defaultRoute(family, gateway))
@@ -240,6 +276,7 @@ func (n *network) defaultRoute(family int, gateway netip.Addr) *netlink.Route {
 		Family:    family,
 		Protocol:  unix.RTPROT_BOOT,
 		Gw:        net.IP(gateway.AsSlice()),
+		Congctl:   n.congestion,
 	}
 }
 
@@ -254,7 +291,9 @@ func (n *network) setDefaultRoute6(on bool) error {
 	if on {
 		return n.addDefault(netlink.FAMILY_V6, n.gateway6)
 	}
-	err := n.handle.RouteDel(n.defaultRoute(netlink.FAMILY_V6, n.gateway6))
+	r := n.defaultRoute(netlink.FAMILY_V6, n.gateway6)
+	r.Congctl = ""
+	err := n.handle.RouteDel(r)
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("remove default route via %v: %w", n.gateway6, err)
 	}
