@@ -1,10 +1,11 @@
 package e2e
 
 import (
-	"bufio"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -46,6 +47,27 @@ func worldDir(t *testing.T) string {
 // returns what its checks say: "" or what went wrong, by name.
 func inWorld(t *testing.T, script string, args ...string) map[string]string {
 	t.Helper()
+	checks := make(map[string]string)
+	out := runInWorld(t, script, args...)
+	for line := range strings.Lines(out) {
+		line = strings.TrimSuffix(line, "\n")
+		if name, ok := strings.CutPrefix(line, "ok "); ok {
+			checks[name] = ""
+		} else if rest, ok := strings.CutPrefix(line, "FAIL "); ok {
+			name, why, _ := strings.Cut(rest, ":")
+			checks[name] = why
+		}
+	}
+	if len(checks) == 0 {
+		t.Errorf("%s has checked nothing:\n%s", script, out)
+	}
+	return checks
+}
+
+// runInWorld runs a script of testdata where world.sh prepares its place, and
+// returns what it says.
+func runInWorld(t *testing.T, script string, args ...string) string {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make a host for the ordinary user of the test")
 	}
@@ -75,19 +97,7 @@ func inWorld(t *testing.T, script string, args ...string) map[string]string {
 	if err != nil {
 		t.Errorf("%s: %v\n%s", script, err, out)
 	}
-	checks := make(map[string]string)
-	for lines := bufio.NewScanner(strings.NewReader(string(out))); lines.Scan(); {
-		if name, ok := strings.CutPrefix(lines.Text(), "ok "); ok {
-			checks[name] = ""
-		} else if rest, ok := strings.CutPrefix(lines.Text(), "FAIL "); ok {
-			name, why, _ := strings.Cut(rest, ":")
-			checks[name] = why
-		}
-	}
-	if len(checks) == 0 {
-		t.Errorf("%s has checked nothing:\n%s", script, out)
-	}
-	return checks
+	return string(out)
 }
 
 // differences are the checks that the original does not pass; the reasons
@@ -171,5 +181,46 @@ func TestSlirp4netnsClients(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPodmanSpeed: what a container gets, beside what it gets from the original.
+// It takes three minutes of a machine that has nothing else to do.
+func TestPodmanSpeed(t *testing.T) {
+	if os.Getenv(perfVariable) == "" {
+		t.Skipf("takes long: set %s to measure", perfVariable)
+	}
+	rig.NeedUsernet(t)
+	rig.NeedTools(t, "podman", "conmon", "crun", "iperf3", "slirp4netns")
+	original, err := exec.LookPath("slirp4netns")
+	if err != nil {
+		t.Fatal(err)
+	}
+	usernet := asSlirp4netns(t)
+	rates := make(map[string][]float64) // by what is measured, and program
+	out := runInWorld(t, "speed.sh", "5", "3", original, usernet)
+	for line := range strings.Lines(out) {
+		if f := strings.Fields(line); len(f) == 4 && f[0] == "speed" {
+			rate, err := strconv.ParseFloat(f[3], 64)
+			if err != nil {
+				t.Fatalf("%s: %v", line, err)
+			}
+			rates[f[1]+f[2]] = append(rates[f[1]+f[2]], rate/1e9)
+		}
+	}
+	median := func(what string) float64 {
+		v := rates[what]
+		if len(v) == 0 {
+			t.Fatalf("no figures for %s:\n%s", what, out)
+		}
+		slices.Sort(v)
+		return v[len(v)/2]
+	}
+	for _, what := range []string{"out", "in", "published-in", "published-out"} {
+		ours, theirs := median(what+usernet), median(what+original)
+		t.Logf("%-14s %6.2f Gbit/s, slirp4netns %5.2f: %.1f times", what, ours, theirs, ours/theirs)
+		if os.Getenv(perfVariable) == "1" && ours < 1.5*theirs {
+			t.Errorf("%s: not one and a half times as fast", what)
+		}
 	}
 }
