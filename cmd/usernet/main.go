@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -31,8 +32,8 @@ const (
 // run runs usernet with the arguments args, of which the first is its name, and
 // returns its exit status.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	if args, ok := asSlirp(args); ok {
-		return runSlirp(ctx, args, stdout, stderr)
+	if len(args) > 0 && filepath.Base(args[0]) == slirpName {
+		return runSlirp(ctx, args[0], args[1:], stdout, stderr)
 	}
 	root := newRoot()
 	root.SetArgs(args[1:])

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/usernet/usernet"
@@ -23,16 +24,19 @@ import (
 // slirpName is what the binary is called in the place of slirp4netns.
 const slirpName = "slirp4netns"
 
-// asSlirp returns the arguments if usernet is to be slirp4netns, by its name or
-// its first argument.
-func asSlirp(args []string) ([]string, bool) {
-	switch {
-	case len(args) > 0 && filepath.Base(args[0]) == slirpName:
-		return args, true
-	case len(args) > 1 && args[1] == slirpName:
-		return args[1:], true
+// newSlirp returns the command that is slirp4netns without a link of that name.
+func newSlirp() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   slirpName + " [OPTION]... PID|PATH|FD [TAPNAME]",
+		Short: "Take the place of slirp4netns, as a link of that name does",
+		// It has its own ways with arguments, help included.
+		DisableFlagParsing: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return &statusError{status: runSlirp(cmd.Context(), slirpName, args, cmd.OutOrStdout(), cmd.ErrOrStderr())}
+		},
 	}
-	return nil, false
+	cmd.SetHelpFunc(func(cmd *cobra.Command, _ []string) { printSlirpHelp(cmd.OutOrStdout(), slirpName) })
+	return cmd
 }
 
 // slirpVersion is the release whose command line this is.
@@ -53,10 +57,9 @@ func printSlirpVersion(w io.Writer) {
 	fmt.Fprintf(w, "SLIRP_CONFIG_VERSION_MAX: 6\n")
 }
 
-// runSlirp is usernet in the place of slirp4netns.
-func runSlirp(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	name := args[0]
-	o, err := parseSlirp(name, args[1:])
+// runSlirp is usernet in the place of slirp4netns, with that name in messages.
+func runSlirp(ctx context.Context, name string, args []string, stdout, stderr io.Writer) int {
+	o, err := parseSlirp(name, args)
 	var e *slirpError
 	switch {
 	case errors.As(err, &e):
