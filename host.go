@@ -2,6 +2,7 @@ package usernet
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -34,12 +35,18 @@ type host struct {
 const settle = 50 * time.Millisecond
 
 // watchHost reads the routes of this network namespace and subscribes to their
-// changes, which run follows.
-func watchHost(log *slog.Logger) (*host, error) {
+// changes, which run follows. A caller's sandbox may forbid netlink(7), as that of
+// GNU Guix does; where addresses need no guard, IPv6 is then taken to work.
+func watchHost(c Config, log *slog.Logger) (*host, error) {
 	h := &host{log: log, updates: make(chan netlink.RouteUpdate, 64), stop: make(chan struct{}), notify: make(chan struct{}, 1)}
 	err := netlink.RouteSubscribeWithOptions(h.updates, h.stop, netlink.RouteSubscribeOptions{
 		ErrorCallback: func(err error) { log.Debug("route subscription", "err", err) },
 	})
+	if c.NoGuard && (errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EAFNOSUPPORT)) {
+		log.Info("the host's routes cannot be read", "err", err)
+		h.updates, h.def6 = nil, true
+		return h, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("watch the host's routes: %w", err)
 	}

@@ -67,7 +67,7 @@ func (n *Network) run(ctx context.Context) error {
 		return fmt.Errorf("usernet: %w", err)
 	}
 	defer at.close()
-	host, err := watchHost(n.log)
+	host, err := watchHost(n.cfg, n.log)
 	if err != nil {
 		return fmt.Errorf("usernet: %w", err)
 	}

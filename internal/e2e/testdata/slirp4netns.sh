@@ -13,16 +13,22 @@ inside() { nsenter -t "$guest" --user --net --preserve-credentials "$@"; }
 # start ARGUMENT...: a new guest, and the program on it, where GUEST stands for
 # its process. It returns when the program is ready.
 start() {
+	newGuest
+	launch "$program" "$@"
+}
+newGuest() {
 	unshare --user --map-root-user --net sleep 100 &
 	guest=$!
 	for _ in $(seq 100); do
 		[ "$(cat /proc/$guest/comm)" = sleep ] && break
 		sleep 0.02
 	done
+}
+launch() { # COMMAND...
 	rm -f ready gate
 	mkfifo gate
 	: >ready
-	"$program" -r 3 -e 4 "${@/GUEST/$guest}" 3>ready 4<gate >out 2>err &
+	"${@/GUEST/$guest}" -r 3 -e 4 3>ready 4<gate >out 2>err &
 	network=$!
 	exec 5>gate
 	for _ in $(seq 100); do
@@ -30,7 +36,7 @@ start() {
 		kill -0 $network 2>/dev/null || break
 		sleep 0.05
 	done
-	echo "FAIL start $*: $(cat out err | tr '\n' '|')"
+	echo "FAIL launch $*: $(cat out err | tr '\n' '|')"
 }
 finish() {
 	exec 5>&-
@@ -151,6 +157,22 @@ network=$!
 timeout 10 python3 "$here/bess.py" "$PWD/bess" 2>&1 | check bess '^pong$'
 kill $network 2>/dev/null
 wait $network
+
+if "$program" --help | grep -q tapfd; then # since 1.3
+	newGuest
+	launch python3 "$here/tapfd.py" "$guest" tap7 "$program" --netns-type=tapfd --enable-ipv6 --enable-sandbox -m 1500 9
+	inside sh -ec 'ip link set lo up; ip link set tap7 up; ip address add 10.0.2.100/24 dev tap7; ip route add default via 10.0.2.2'
+	inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check tapfd-dns '^192.0.2.1$'
+	inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check tapfd-tcp 'from 127.0.0.1'
+	inside ip address show tap7 | check tapfd-untouched 'mtu 1500'
+	for _ in $(seq 40); do
+		inside ip -6 address show tap7 | grep 'fd00::' | grep -vq tentative && break
+		sleep 0.1
+	done
+	inside timeout 5 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check tapfd-ipv6 '^served$'
+	finish
+	echo "status $status" | check tapfd-exit 'status 0'
+fi
 
 start -c --enable-sandbox --enable-seccomp --disable-host-loopback GUEST tap0
 inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check locked-dns '^192.0.2.1$'
