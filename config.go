@@ -106,10 +106,20 @@ type Config struct {
 	HostLoopback bool
 	HostPorts    []uint16
 
-	// Deny rules go before Allow rules. Once there is an Allow rule, what no
-	// Allow rule names is denied. Link-local addresses, and those where clouds
-	// serve credentials, are denied unless an Allow rule names them.
+	// Deny rules go before Allow rules. Once there is an Allow rule, or one of
+	// AllowNames, what none of them names is denied. Link-local addresses, and
+	// those where clouds serve credentials, are denied unless an Allow rule
+	// that is at least as narrow names them.
 	Allow, Deny []Rule
+	// AllowNames allow the addresses that the guest gets from the DNS server
+	// for a name: for the time to live of the answer, but at least a minute and
+	// at most a day. 4096 addresses are remembered. The host's resolvers are
+	// asked even if no Allow rule names them.
+	AllowNames []NameRule
+	// NoPrivateDNS keeps answers of the host's resolvers that hold a private,
+	// loopback or link-local address from the guest, which gets an answer with
+	// no records instead. AddHosts are not concerned.
+	NoPrivateDNS bool
 	// NoGuard opens what is closed without a rule, but for the loopback: link-local
 	// addresses, those where clouds serve credentials, and the host's own. It
 	// also lets the subnets be any, and has the guest told that a network that
@@ -234,6 +244,13 @@ func (c Config) Warnings() []string {
 	var w []string
 	if c.MTU < minMTU6 && c.IPv6 != IPv6Off {
 		w = append(w, fmt.Sprintf("no IPv6: it needs an MTU of %d, this one is %d", minMTU6, c.MTU))
+	}
+	if len(c.Allow)+len(c.AllowNames) > 0 {
+		for _, r := range c.Deny {
+			if r.Prefix.Bits() == 0 && r.allPorts() && r.Protocol == AnyProtocol {
+				w = append(w, fmt.Sprintf("deny %v closes all of it, whatever is allowed: leave it out, for what no allow rule names is closed anyway", r))
+			}
+		}
 	}
 	return w
 }

@@ -20,15 +20,16 @@ import (
 
 // gateway is the router that the guest sees: the rooms, joined.
 type gateway struct {
-	log   *slog.Logger
-	stack *stack.Stack
-	fwd   *forwarder.Forwarder
-	link  *tap.Endpoint
-	ra    *dhcp.Advertiser // nil without IPv6
-	dns   *dns.Server      // nil without DNS
-	dhcp4 *dhcp.Server4
-	dhcp6 *dhcp.Server6 // nil without IPv6
-	tasks []func(context.Context) error
+	log    *slog.Logger
+	stack  *stack.Stack
+	fwd    *forwarder.Forwarder
+	policy *forwarder.Policy
+	link   *tap.Endpoint
+	ra     *dhcp.Advertiser // nil without IPv6
+	dns    *dns.Server      // nil without DNS
+	dhcp4  *dhcp.Server4
+	dhcp6  *dhcp.Server6 // nil without IPv6
+	tasks  []func(context.Context) error
 }
 
 // Ports of the gateway's services.
@@ -61,6 +62,7 @@ func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 		return nil, err
 	}
 	policy := newPolicy(c, a)
+	g.policy = policy
 	h.onLocal(policy.SetLocal)
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
 	g.fwd, err = forwarder.New(forwarder.Config{
@@ -98,7 +100,7 @@ func newPolicy(c Config, a Addresses) *forwarder.Policy {
 	p := forwarder.PolicyConfig{
 		Gateways: []netip.Addr{a.Gateway4}, Virtual: []netip.Prefix{a.Prefix4},
 		HostLoopback: c.HostLoopback, HostPorts: c.HostPorts, Unguarded: c.NoGuard,
-		Allow: rules(c.Allow), Deny: rules(c.Deny),
+		Allow: rules(c.Allow), Deny: rules(c.Deny), Names: nameRules(c.AllowNames),
 	}
 	if a.Prefix6.IsValid() {
 		p.Gateways = append(p.Gateways, a.Gateway6)
@@ -111,6 +113,14 @@ func rules(rs []Rule) []forwarder.Rule {
 	out := make([]forwarder.Rule, len(rs))
 	for i, r := range rs {
 		out[i] = forwarder.Rule{Prefix: r.Prefix, From: r.From, To: r.To, Proto: uint8(r.Protocol)}
+	}
+	return out
+}
+
+func nameRules(rs []NameRule) []forwarder.NameRule {
+	out := make([]forwarder.NameRule, len(rs))
+	for i, r := range rs {
+		out[i] = forwarder.NameRule{Name: r.Name, From: r.From, To: r.To, Proto: uint8(r.Protocol)}
 	}
 	return out
 }
@@ -128,7 +138,11 @@ func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbou
 			}
 			return nil
 		},
-		Bind: func(fd int, u netip.AddrPort) error { return outbound.Prepare(fd, u.Addr()) },
+		Bind:      func(fd int, u netip.AddrPort) error { return outbound.Prepare(fd, u.Addr()) },
+		NoPrivate: c.NoPrivateDNS,
+	}
+	if len(c.AllowNames) > 0 {
+		cfg.Answered = policy.Learn
 	}
 	for _, addr := range []netip.Addr{a.DNS4, a.DNS6} {
 		if !addr.IsValid() {

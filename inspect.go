@@ -265,6 +265,7 @@ type Stats struct {
 	Flows    FlowStats     `json:"flows"`
 	Link     LinkStats     `json:"link"`
 	Dropped  DropStats     `json:"dropped"`
+	Denied   DenialStats   `json:"denied"`
 	Netstack NetstackStats `json:"netstack"`
 	DNS      *DNSStats     `json:"dns,omitempty"`
 	DHCP4    DHCPStats     `json:"dhcp4"`
@@ -281,8 +282,9 @@ type FlowStats struct {
 	TCP        uint64 `json:"tcp"`
 	UDP        uint64 `json:"udp"`
 	ICMP       uint64 `json:"icmp"`
-	Refused    uint64 `json:"refused"` // by the far end or the network
-	Denied     uint64 `json:"denied"`  // by the egress policy
+	Refused    uint64 `json:"refused"`     // by the far end or the network
+	Denied     uint64 `json:"denied"`      // by the egress policy
+	LearnedNow int    `json:"learned_now"` // addresses that are allowed by their names
 	BytesUp    uint64 `json:"tcp_bytes_up"`
 	BytesDown  uint64 `json:"tcp_bytes_down"`
 }
@@ -313,6 +315,18 @@ type DropStats struct {
 	DHCPIgnored  uint64 `json:"dhcp_ignored"`  // malformed, or for another server
 	DNSOverload  uint64 `json:"dns_overload"`  // queries that found too many waiting
 	DHCPNoneFree uint64 `json:"dhcp_no_lease"` // clients that found no address
+}
+
+// DenialStats count what the egress policy has kept the guest from, by reason.
+type DenialStats struct {
+	Host     uint64 `json:"host"`        // the host's loopback and its own addresses
+	Metadata uint64 `json:"metadata"`    // link-local, and where clouds serve credentials
+	Rule     uint64 `json:"rule"`        // a deny rule
+	Unlisted uint64 `json:"unlisted"`    // there are allow rules, but none for it
+	Virtual  uint64 `json:"virtual"`     // addresses of the guest's subnets that do not exist
+	Special  uint64 `json:"special"`     // multicast and reserved addresses
+	Source   uint64 `json:"source"`      // datagrams from outside, of one that the guest may not talk to
+	DNS      uint64 `json:"private_dns"` // queries whose answer held a private address
 }
 
 // NetstackStats count what the TCP of the guest's side went through.
@@ -369,7 +383,7 @@ func (n *Network) Stats() Stats {
 		Flows: FlowStats{
 			TCPNow: f.TCPActive.Load(), UDPNow: f.UDPActive.Load(), ICMPNow: f.EchoActive.Load(), DialingNow: f.Dialing.Load(),
 			TCP: f.TCPTotal.Load(), UDP: f.UDPTotal.Load(), ICMP: f.EchoTotal.Load(),
-			Refused: f.Refused.Load(), Denied: f.Denied.Load(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
+			Refused: f.Refused.Load(), Denied: f.DeniedTotal(), LearnedNow: g.policy.Learned(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
 		},
 		Link: LinkStats{link.RxFrames.Load(), link.RxBytes.Load(), link.TxFrames.Load(), link.TxBytes.Load()},
 		Dropped: DropStats{
@@ -377,6 +391,12 @@ func (n *Network) Stats() Stats {
 			Malformed: st.Malformed.Load(), Spoofed: st.Spoofed.Load(), Foreign: st.Foreign.Load(),
 			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(),
 			UDPHost: f.UDPDropped.Load(), DialsFull: f.DialsDropped.Load(), UDPEvicted: f.UDPEvicted.Load(), ICMPEvicted: f.EchoEvicted.Load(),
+		},
+		Denied: DenialStats{
+			Host: f.Denied[forwarder.DeniedHost].Load(), Metadata: f.Denied[forwarder.DeniedGuarded].Load(),
+			Rule: f.Denied[forwarder.DeniedRule].Load(), Unlisted: f.Denied[forwarder.DeniedUnlisted].Load(),
+			Virtual: f.Denied[forwarder.DeniedVirtual].Load(), Special: f.Denied[forwarder.DeniedSpecial].Load(),
+			Source: f.DeniedSource.Load(),
 		},
 		Netstack: NetstackStats{
 			Received: ns.Received, Sent: ns.Sent, Malformed: ns.MalformedReceived, ChecksumErrors: ns.ChecksumErrors,
@@ -393,6 +413,7 @@ func (n *Network) Stats() Stats {
 			Merged: d.Merged, Failed: d.Failed, UpstreamQueries: d.UpstreamQueries, UpstreamErrors: d.UpstreamErrors,
 			Mismatched: d.Mismatched, InFlightNow: d.InFlight, CacheEntriesNow: d.CacheEntries, CacheBytesNow: d.CacheBytes,
 		}
+		s.Denied.DNS = d.Rebound
 		s.Dropped.DNSDropped, s.Dropped.DNSOverload = d.Dropped, d.Overload
 	}
 	s.DHCP4 = s.addDHCP(g.dhcp4.Stats(), len(g.dhcp4.Leases()))

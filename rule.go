@@ -46,20 +46,38 @@ const lastPort = 1<<16 - 1
 
 func (r Rule) allPorts() bool { return r.From == 0 && r.To == lastPort }
 
+// A NameRule names destinations by what the DNS server answers for Name, in
+// lower case and without a final dot. "*.example.com" stands for all names below
+// example.com, at any depth, but not for itself. Ports and Protocol are as in a
+// Rule.
+type NameRule struct {
+	Name     string
+	From, To uint16
+	Protocol Protocol
+}
+
 // String returns the rule as ParseRule takes it.
 func (r Rule) String() string {
 	s := r.Prefix.String()
-	if !r.allPorts() {
-		if r.Prefix.Addr().Is6() {
-			s = "[" + s + "]"
-		}
-		s += ":" + strconv.Itoa(int(r.From))
-		if r.To != r.From {
-			s += "-" + strconv.Itoa(int(r.To))
+	if !r.allPorts() && r.Prefix.Addr().Is6() {
+		s = "[" + s + "]"
+	}
+	return s + suffix(r.From, r.To, r.Protocol)
+}
+
+// String returns the rule as ParseNameRule takes it.
+func (r NameRule) String() string { return r.Name + suffix(r.From, r.To, r.Protocol) }
+
+// suffix writes ports and protocol, where they are not all.
+func suffix(from, to uint16, p Protocol) (s string) {
+	if from != 0 || to != lastPort {
+		s = ":" + strconv.Itoa(int(from))
+		if to != from {
+			s += "-" + strconv.Itoa(int(to))
 		}
 	}
-	if r.Protocol != AnyProtocol {
-		s += "/" + r.Protocol.String()
+	if p != AnyProtocol {
+		s += "/" + p.String()
 	}
 	return s
 }
@@ -74,18 +92,79 @@ func (r Rule) flaw() string {
 		return "IPv4 addresses inside IPv6 ones are taken out before rules are applied: write them as IPv4"
 	case p != p.Masked():
 		return fmt.Sprintf("the address has bits beyond /%d: write %v for the subnet or %v for the one address", p.Bits(), p.Masked(), p.Addr())
-	case r.From > r.To:
-		return fmt.Sprintf("the port range ends before it starts: write %d-%d", r.To, r.From)
-	case r.From == 0 && !r.allPorts():
+	}
+	return portFlaw(r.From, r.To, r.Protocol)
+}
+
+// flaw says what is wrong with the rule, if anything is.
+func (r NameRule) flaw() string {
+	if strings.Trim(r.Name, "0123456789.") == "" && r.Name != "" {
+		return "that is an address: use an allow rule"
+	}
+	name := strings.TrimPrefix(r.Name, "*.")
+	switch {
+	case strings.Contains(name, "*"):
+		return "a star stands for whole labels at the front alone, as in *.example.com"
+	case !isDomain(name) || strings.HasSuffix(name, ".") || strings.ToLower(name) != name:
+		return "not a domain name in lower case, such as api.example.com or *.example.com"
+	}
+	return portFlaw(r.From, r.To, r.Protocol)
+}
+
+func portFlaw(from, to uint16, p Protocol) string {
+	all := from == 0 && to == lastPort
+	switch {
+	case from > to:
+		return fmt.Sprintf("the port range ends before it starts: write %d-%d", to, from)
+	case from == 0 && !all:
 		return "a port is a number from 1 to 65535"
-	case r.Protocol == ICMP && !r.allPorts():
+	case p == ICMP && !all:
 		return "ICMP has no ports: leave them out"
 	}
-	switch r.Protocol {
+	switch p {
 	case AnyProtocol, ICMP, TCP, UDP:
 		return ""
 	}
-	return fmt.Sprintf("no protocol %v: there are tcp, udp and icmp", r.Protocol)
+	return fmt.Sprintf("no protocol %v: there are tcp, udp and icmp", p)
+}
+
+// ParseNameRule parses NAME[:PORT[-END]][/tcp|udp|icmp].
+//
+//	api.example.com:443/tcp
+//	*.example.com
+func ParseNameRule(s string) (NameRule, error) {
+	r := NameRule{To: lastPort}
+	rest, proto, found := strings.Cut(s, "/")
+	if found {
+		var ok bool
+		if r.Protocol, ok = parseProtocol(proto); !ok {
+			return NameRule{}, badConfig("allow name %q: no protocol %q: there are tcp, udp and icmp", s, proto)
+		}
+	}
+	name, ports, found := strings.Cut(rest, ":")
+	if found {
+		var ok bool
+		if r.From, r.To, ok = parsePorts(ports); !ok {
+			return NameRule{}, badConfig("allow name %q: %q is not a port or a range of ports, such as 443 or 8000-8999", s, ports)
+		}
+	}
+	r.Name = strings.ToLower(strings.TrimSuffix(name, "."))
+	if why := r.flaw(); why != "" {
+		return NameRule{}, badConfig("allow name %q: %s", s, why)
+	}
+	return r, nil
+}
+
+func parseProtocol(s string) (Protocol, bool) {
+	switch strings.ToLower(s) {
+	case "tcp":
+		return TCP, true
+	case "udp":
+		return UDP, true
+	case "icmp":
+		return ICMP, true
+	}
+	return AnyProtocol, false
 }
 
 // ParseRule parses CIDR[:PORT[-END]][/tcp|udp|icmp]. A single address stands for
@@ -110,15 +189,11 @@ func parseRule(s string) (r Rule, flaw string) {
 	r.To = lastPort
 	rest := s
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
-		switch proto := strings.ToLower(s[i+1:]); {
-		case proto == "tcp":
-			r.Protocol, rest = TCP, s[:i]
-		case proto == "udp":
-			r.Protocol, rest = UDP, s[:i]
-		case proto == "icmp":
-			r.Protocol, rest = ICMP, s[:i]
-		case proto == "" || proto[0] < '0' || proto[0] > '9':
-			return r, fmt.Sprintf("no protocol %q: there are tcp, udp and icmp", s[i+1:])
+		proto := s[i+1:]
+		if p, ok := parseProtocol(proto); ok {
+			r.Protocol, rest = p, s[:i]
+		} else if proto == "" || proto[0] < '0' || proto[0] > '9' {
+			return r, fmt.Sprintf("no protocol %q: there are tcp, udp and icmp", proto)
 		}
 	}
 	cidr, ports, hasPorts := splitPorts(rest)

@@ -77,3 +77,83 @@ func FuzzParseRule(f *testing.F) {
 		}
 	})
 }
+
+func TestParseNameRule(t *testing.T) {
+	for _, tt := range []struct {
+		in   string
+		want NameRule
+		text string // what String makes of it, if not in
+	}{
+		{"api.example.com", NameRule{"api.example.com", 0, 65535, AnyProtocol}, ""},
+		{"API.Example.com.:443", NameRule{"api.example.com", 443, 443, AnyProtocol}, "api.example.com:443"},
+		{"*.example.com:8000-8999/tcp", NameRule{"*.example.com", 8000, 8999, TCP}, ""},
+		{"db_1.example.com/ICMP", NameRule{"db_1.example.com", 0, 65535, ICMP}, "db_1.example.com/icmp"},
+		{"localhost:1/udp", NameRule{"localhost", 1, 1, UDP}, ""},
+		{"xn--bcher-kva.example", NameRule{"xn--bcher-kva.example", 0, 65535, AnyProtocol}, ""},
+	} {
+		got, err := ParseNameRule(tt.in)
+		if err != nil || got != tt.want {
+			t.Errorf("ParseNameRule(%q) = %+v, %v, want %+v", tt.in, got, err, tt.want)
+			continue
+		}
+		text := tt.text
+		if text == "" {
+			text = tt.in
+		}
+		if got.String() != text {
+			t.Errorf("ParseNameRule(%q).String() = %q, want %q", tt.in, got, text)
+		}
+	}
+	for _, in := range []string{
+		"", ".", "*", "*.", "*.*.example.com", "a*.example.com", "api.*.com", "api example.com", "192.0.2.1", "2001:db8::1", "[::1]:80",
+		"bücher.example", "a..b", "-a.example", "a:0", "a:80-", "a:90-80", "a:65536", "a/sctp", "a:80/icmp", "a/tcp/udp", "https://api.example.com",
+	} {
+		if r, err := ParseNameRule(in); !errors.Is(err, ErrConfig) {
+			t.Errorf("ParseNameRule(%q) = %v, %v, want an ErrConfig", in, r, err)
+		}
+	}
+}
+
+// FuzzParseNameRule: what is accepted is written so that it is understood the
+// same.
+func FuzzParseNameRule(f *testing.F) {
+	for _, s := range []string{"api.example.com", "*.example.com:443/tcp", "a_b.example.:8000-8999/udp", "X/icmp"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		r, err := ParseNameRule(s)
+		if err != nil {
+			if !errors.Is(err, ErrConfig) {
+				t.Errorf("ParseNameRule(%q): not an ErrConfig: %v", s, err)
+			}
+			return
+		}
+		again, err := ParseNameRule(r.String())
+		if err != nil || again != r {
+			t.Errorf("ParseNameRule(%q) = %+v, written as %q and understood as %+v, %v", s, r, r, again, err)
+		}
+	})
+}
+
+// FuzzParseHost: likewise for names with addresses, and resolvers.
+func FuzzParseHost(f *testing.F) {
+	for _, s := range []string{"db.test:192.0.2.5", "db.test:2001:db8::5", "db.test:[2001:db8::5]", "192.0.2.1:53", "[::1]:53", "fe80::1%eth0"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if h, err := ParseHost(s); err == nil {
+			if again, err := ParseHost(h.String()); err != nil || again != h {
+				t.Errorf("ParseHost(%q) = %+v, written as %q and understood as %+v, %v", s, h, h, again, err)
+			}
+		} else if !errors.Is(err, ErrConfig) {
+			t.Errorf("ParseHost(%q): not an ErrConfig: %v", s, err)
+		}
+		if a, err := ParseResolver(s); err == nil {
+			if again, err := ParseResolver(a.String()); err != nil || again != a {
+				t.Errorf("ParseResolver(%q) = %v, again %v, %v", s, a, again, err)
+			}
+		} else if !errors.Is(err, ErrConfig) {
+			t.Errorf("ParseResolver(%q): not an ErrConfig: %v", s, err)
+		}
+	})
+}

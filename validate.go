@@ -221,6 +221,8 @@ func (c Config) checkNames() error {
 			return badConfig("switch DNS off: there are domains to search, %s for one: drop the one or the other", c.DNSSearch[0])
 		case len(c.AddHosts) > 0:
 			return badConfig("switch DNS off: there are names to answer, %s for one: drop the one or the other", c.AddHosts[0].Name)
+		case len(c.AllowNames) > 0:
+			return badConfig("switch DNS off: there are names to allow, %s for one, whose addresses nobody could learn: drop the one or the other", c.AllowNames[0].Name)
 		}
 	}
 	for _, d := range c.DNS {
@@ -275,6 +277,11 @@ func (c Config) checkRules() error {
 			if why := r.flaw(); why != "" {
 				return badConfig("apply rule %v: %s", r, why)
 			}
+		}
+	}
+	for _, r := range c.AllowNames {
+		if why := r.flaw(); why != "" {
+			return badConfig("allow name %v: %s", r, why)
 		}
 	}
 	return nil

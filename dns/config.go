@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Config says what a Server serves and whom it asks. The zero value of every
@@ -34,6 +35,17 @@ type Config struct {
 	// Permit is asked before every query to an upstream; an error keeps it
 	// from being sent. It must be quick. Nil permits all.
 	Permit func(netip.AddrPort) error
+
+	// Answered, if not nil, is told before a guest gets an answer with
+	// addresses: the name it asked for, in lower case without the final dot,
+	// the addresses at the end of its chain of aliases, and for how long all
+	// that is good. It must be quick, and must not keep the slice.
+	Answered func(name string, addrs []netip.Addr, ttl time.Duration)
+
+	// NoPrivate keeps answers of upstreams that hold a private, loopback or
+	// link-local address from guests, who get one without records. Local
+	// records are not concerned.
+	NoPrivate bool
 
 	// Bind, if not nil, prepares each socket to an upstream between its
 	// making and its connecting, e.g. binds it to an address or interface.

@@ -143,6 +143,11 @@ func (f *flight) deliver(reply []byte, clients []client) {
 		delete(s.flights.table[f.transport], f.ask)
 	}
 	s.flights.mu.Unlock()
+	if s.cfg.NoPrivate && holdsPrivate(reply, f.end) {
+		s.stats.rebound.Add(uint64(len(clients)))
+		reply = f.ownAnswer(rcodeSuccess, edeFiltered)
+	}
+	s.tell(reply, f.end)
 	// What other upstreams said may not hold for those of now.
 	if f.key != "" && f.set == s.upstreams.Load() {
 		s.cache.put(f.key, reply, f.end, f.qtype, s.now())
@@ -303,7 +308,7 @@ func (f *flight) finishLocked(msg []byte, now time.Duration) {
 		msg = f.kept
 	}
 	if msg == nil {
-		msg = f.servFail()
+		msg = f.ownAnswer(rcodeServFail, f.ede)
 	}
 	f.answer = msg
 	if f.pending == 0 {
@@ -347,13 +352,13 @@ func (f *flight) lingeredLocked() {
 	}
 }
 
-// servFail returns our own answer: SERVFAIL with the reason. (Never NXDOMAIN,
-// which would say that somebody knows.)
-func (f *flight) servFail() []byte {
+// ownAnswer returns an answer of our own without records: usually SERVFAIL with
+// the reason. (Never NXDOMAIN, which would say that somebody knows.)
+func (f *flight) ownAnswer(rcode, ede int) []byte {
 	var q query
 	msg := append([]byte{0, 0}, f.ask...)
 	if q.parse(msg) != accept { // it was before
 		q.end = 0
 	}
-	return q.appendReply(nil, rcodeServFail, f.ede)
+	return q.appendReply(nil, rcode, ede)
 }

@@ -28,6 +28,8 @@ const (
 	typeSOA   = 6
 	typePTR   = 12
 	typeAAAA  = 28
+	typeSVCB  = 64
+	typeHTTPS = 65
 	typeOPT   = 41
 	typeTKEY  = 249
 	typeTSIG  = 250
@@ -51,6 +53,7 @@ const (
 const (
 	edeNone         = -1
 	edeNotReady     = 14 // no upstream is known
+	edeFiltered     = 17 // the client asked for it to be
 	edeProhibited   = 18 // the egress policy forbids every upstream
 	edeNoReachable  = 22 // no upstream answered
 	edeOptionNumber = 15

@@ -294,6 +294,7 @@ func (s *Server) handle(msg []byte, c client, t transport, w *scratch) bool {
 	if out, ok := s.locals.answer(w.out[:0], q); ok {
 		s.stats.local.Add(1)
 		w.out = out
+		s.tell(out, q.end)
 		c.send(truncate(out, q.end, limit))
 		return true
 	}
@@ -302,6 +303,7 @@ func (s *Server) handle(msg []byte, c client, t transport, w *scratch) bool {
 		if e := s.cache.get(q.key(), now); e != nil {
 			s.stats.hits.Add(1)
 			w.out = e.render(w.out[:0], q, now)
+			s.tell(w.out, q.end)
 			c.send(truncate(w.out, q.end, limit))
 			return true
 		}
@@ -313,6 +315,11 @@ func (s *Server) handle(msg []byte, c client, t transport, w *scratch) bool {
 		return true
 	}
 	if t == overTCP && (q.qtype == typeAXFR || q.qtype == typeIXFR) {
+		if s.cfg.NoPrivate { // many messages, each of which would be to judge
+			s.inFlight.Add(-1)
+			c.send(q.appendReply(w.out[:0], rcodeRefused, edeFiltered))
+			return true
+		}
 		s.transfer(q, c)
 	} else {
 		s.forward(q, c, t)

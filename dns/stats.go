@@ -13,6 +13,7 @@ type Stats struct {
 	Forwarded uint64 // of these: the first to bring a question to the upstreams
 	Merged    uint64 // of these: asked what was being asked already
 	Failed    uint64 // of these: in the end answered SERVFAIL
+	Rebound   uint64 // of these: answered without the private addresses that upstreams gave
 
 	UpstreamQueries uint64 // sent to upstreams
 	UpstreamErrors  uint64 // that ended in an error, such as a refused port
@@ -27,7 +28,7 @@ type Stats struct {
 // counters are the running numbers behind Stats.
 type counters struct {
 	queries, dropped, malformed, local, hits, overload atomic.Uint64
-	forwarded, merged, failed                          atomic.Uint64
+	forwarded, merged, failed, rebound                 atomic.Uint64
 	upstreamQueries, upstreamErrors, mismatched        atomic.Uint64
 }
 
@@ -45,6 +46,7 @@ func (s *Server) Stats() Stats {
 		Forwarded:       c.forwarded.Load(),
 		Merged:          c.merged.Load(),
 		Failed:          c.failed.Load(),
+		Rebound:         c.rebound.Load(),
 		UpstreamQueries: c.upstreamQueries.Load(),
 		UpstreamErrors:  c.upstreamErrors.Load(),
 		Mismatched:      c.mismatched.Load(),

@@ -56,9 +56,9 @@ func (t *echoTable) init(f *Forwarder) {
 // HandleEcho takes an echo request of the guest with payload head+tail.
 func (f *Forwarder) HandleEcho(src, dst netip.Addr, ttl uint8, id, seq uint16, head, tail []byte) {
 	t := &f.echo
-	to, ok := f.policy.Resolve(ICMP, netip.AddrPortFrom(dst, 0))
-	if !ok {
-		f.stats.Denied.Add(1)
+	to, v := f.policy.Resolve(ICMP, netip.AddrPortFrom(dst, 0))
+	if v.Reason != Allowed {
+		f.denied(ICMP, netip.AddrPortFrom(src, 0), netip.AddrPortFrom(dst, 0), to, v)
 		t.unreachable(src, dst, id, seq, f.policy.refusal())
 		return
 	}

@@ -98,9 +98,12 @@ type Config struct {
 type Stats struct {
 	TCPActive, UDPActive, EchoActive, Dialing atomic.Int64
 	TCPTotal, UDPTotal, EchoTotal             atomic.Uint64
-	// Refused counts dials that the far side or the network refused, Denied
-	// what the policy did.
-	Refused, Denied atomic.Uint64
+	// Refused counts dials that the far side or the network refused.
+	Refused atomic.Uint64
+	// Denied counts by Reason what the policy closed; DeniedSource datagrams
+	// from outside whose sender the guest may not talk to.
+	Denied       [reasons]atomic.Uint64
+	DeniedSource atomic.Uint64
 	// DialsDropped and UDPEvicted count what the bounds cost.
 	DialsDropped, UDPEvicted, EchoEvicted atomic.Uint64
 	// UDPDropped counts datagrams that a host socket did not take.
@@ -145,6 +148,8 @@ type Forwarder struct {
 	echo echoTable
 
 	inbound inboundTable
+
+	denials denialLog
 }
 
 // New makes a forwarder. Its Handle methods are to be called by whatever

@@ -112,9 +112,9 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if accepting {
 		return true // a repeated SYN: the answer is being written
 	}
-	dst, ok := f.policy.Resolve(TCP, to)
-	if !ok {
-		f.stats.Denied.Add(1)
+	dst, v := f.policy.Resolve(TCP, to)
+	if v.Reason != Allowed {
+		f.denied(TCP, netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort), to, dst, v)
 		return t.refuse(id, pkt, f.policy.refusal())
 	}
 	if len(t.dials) >= f.cfg.MaxDials {

@@ -61,9 +61,9 @@ func (f *Forwarder) HandleUDP(src, dst netip.AddrPort, ttl uint8, gso int, head,
 		fl = t.flows[src]
 	}
 	if fl == nil || fl.dst != dst {
-		to, ok := f.policy.Resolve(UDP, dst)
-		if !ok {
-			f.stats.Denied.Add(1)
+		to, v := f.policy.Resolve(UDP, dst)
+		if v.Reason != Allowed {
+			f.denied(UDP, src, dst, to, v)
 			t.unreachable(src, dst, f.policy.refusal(), len(head)+len(tail))
 			return
 		}
@@ -485,9 +485,12 @@ func (fl *udpFlow) receive() {
 		m := &in.hdrs[i]
 		from := in.addr[i].get()
 		if from != fl.from || !fl.seen.IsValid() {
-			seen, ok := t.f.policy.translate(from)
+			seen, ok := fl.dst, true
+			if from != fl.real {
+				seen, ok = t.f.policy.translate(from)
+			}
 			if !ok {
-				t.f.stats.Denied.Add(1)
+				t.f.stats.DeniedSource.Add(1)
 				continue
 			}
 			in.run.flush(fl)

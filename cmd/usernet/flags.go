@@ -71,8 +71,12 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	define(host, &c.OutboundAddr6, "outbound-addr6", "ADDR", netip.Addr{}, address, "send IPv6 from this address of the host")
 	define(host, &c.OutboundInterface, "outbound-if", "NAME", "", text, "send by this interface of the host")
 
+	egress.BoolVar(&c.NoPrivateDNS, "dns-rebind-protection", false,
+		"keep private, loopback and link-local addresses in answers of DNS servers from the guest")
 	list(egress, &c.Allow, "allow", "RULE", usernet.ParseRule,
 		"let the guest reach this, and nothing that no such rule names; repeatable; everything by default")
+	list(egress, &c.AllowNames, "allow-name", "NAME", usernet.ParseNameRule,
+		"let the guest reach the addresses that it is told for this name, NAME[:PORT[-END]][/tcp|udp|icmp], *.NAME for all below; repeatable")
 	list(egress, &c.Deny, "deny", "RULE", usernet.ParseRule,
 		"keep the guest from reaching this, whatever is allowed; repeatable")
 

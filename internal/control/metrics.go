@@ -24,6 +24,7 @@ var sections = map[string]string{
 	"flows":    "Flows of the guest, and their TCP payload from (up) and to (down) it",
 	"link":     "Frames on the guest's link, seen from the gateway",
 	"dropped":  "What was lost, by reason",
+	"denied":   "What the egress policy has closed, by reason",
 	"netstack": "Packets and segments on the guest's side",
 	"dns":      "Queries of the guest",
 	"dhcp4":    "DHCPv4 messages",
@@ -55,10 +56,10 @@ func (m metrics) write(to io.Writer) {
 		switch {
 		case field.Kind() != reflect.Struct:
 			one(w, "usernet_"+name, "gauge", sections[name], field)
-		case name == "dropped":
-			fmt.Fprintf(w, "# HELP usernet_dropped_total %s.\n# TYPE usernet_dropped_total counter\n", sections[name])
+		case name == "dropped" || name == "denied":
+			fmt.Fprintf(w, "# HELP usernet_%s_total %s.\n# TYPE usernet_%[1]s_total counter\n", name, sections[name])
 			for j := range field.NumField() {
-				fmt.Fprintf(w, "usernet_dropped_total{reason=\"%s\"} %v\n", member(field.Type().Field(j)), field.Field(j))
+				fmt.Fprintf(w, "usernet_%s_total{reason=\"%s\"} %v\n", name, member(field.Type().Field(j)), field.Field(j))
 			}
 		default:
 			for j := range field.NumField() {
