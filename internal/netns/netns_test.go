@@ -308,7 +308,7 @@ func TestWatchProcessMoves(t *testing.T) {
 	if line, _ := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
 		t.Skip("no namespaces")
 	}
-	endsBy(t, fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid), 500*time.Millisecond, func() {
+	endsBy(t, fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid), moveInterval+2*time.Second, func() {
 		if _, err := stdin.Write([]byte("go\n")); err != nil {
 			t.Fatal(err)
 		}
@@ -395,7 +395,7 @@ func TestWatchContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	first, next := watch(ctx, t, ns), watch(ctx, t, ns)
 	ns.Close() // a watch goes on without
-	time.Sleep(2 * watchInterval)
+	time.Sleep(2 * moveInterval)
 	cancel()
 	for _, wait := range []func() (time.Time, error){first, next} {
 		if _, err := wait(); !errors.Is(err, context.Canceled) {

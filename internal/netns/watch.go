@@ -14,13 +14,19 @@ import (
 // another mount namespace nor of anything below /proc.
 const watchInterval = 250 * time.Millisecond
 
+// moveInterval is the same for a process that lives on in another namespace; the
+// end of one is known at once. Each look wakes a sleeping process up.
+const moveInterval = 900 * time.Millisecond
+
 // Watch blocks until the process that the path names has ended, or the path
 // leads to this namespace no more; then it returns nil. When ctx ends first it
 // returns ctx.Err(). An open TAP holds the namespace for ever, so that nothing
 // read from it would tell.
 func (n *Namespace) Watch(ctx context.Context) error {
 	ended := make(chan struct{})
+	interval := watchInterval
 	if n.pidfd != nil {
+		interval = moveInterval
 		pidfd, err := dup(n.pidfd)
 		if err != nil {
 			return fmt.Errorf("netns: watch %s: %w", n.path, err)
@@ -37,7 +43,7 @@ func (n *Namespace) Watch(ctx context.Context) error {
 			<-waited
 		}()
 	}
-	tick := time.NewTicker(watchInterval)
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
 		select {
