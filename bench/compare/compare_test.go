@@ -148,14 +148,14 @@ func TestMarkdown(t *testing.T) {
 	r := report{
 		Date: "2026-01-02", Rounds: 3, Seconds: 2, Subjects: []string{nameUsernet, namePasta},
 		Machine:  machine{Kernel: "6.18 x86_64", CPU: "Some CPU", CPUs: 2, Memory: 4, System: "Some Linux", Load: "0.10"},
-		Sysctls:  map[string]string{"net.ipv4.tcp_rmem": "1 2 3", "net.ipv4.tcp_wmem": "4 5 6"},
+		Sysctls:  map[string]string{"net.ipv4.tcp_rmem": "1 2 3", "net.ipv4.tcp_wmem": "4 5 6", congestionSysctl: "cubic"},
 		Versions: map[string]string{"wrk": "4.1", "pasta": "2025", "nothing": ""},
 		Notes:    []string{"something odd"},
 		Rows: judge([]figure{{ID: "ping", Title: "ping", How: "ping -f", Unit: "µs", Lower: true, Goals: []goal{{againstBetterPeer, 1}, {goalUnit, 50}}}},
 			map[string]map[string][]float64{"ping": {nameUsernet: {40, 44}, namePasta: {21}}}),
 	}
 	const want = `Measured 2026-01-02 on 2 × Some CPU, 4 GB, Some Linux, Linux 6.18 x86_64; load before the run 0.10.
-Medians of 3 rounds of 2 s, subjects interleaved; ± is half the distance between the extremes. Guests in rootless namespaces, servers on the host namespace's loopback (tcp_rmem 1 2 3, tcp_wmem 4 5 6).
+Medians of 3 rounds of 2 s, subjects interleaved; ± is half the distance between the extremes. Guests in rootless namespaces, servers on the host namespace's loopback (tcp_rmem 1 2 3, tcp_wmem 4 5 6), TCP's default congestion control is cubic.
 
 | measure | how | loopback | usernet | pasta | usernet ÷ better peer | goals |
 |---|---|---:|---:|---:|---|---|

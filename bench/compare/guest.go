@@ -25,7 +25,7 @@ type guest struct {
 
 // startGuest makes the namespaces and returns once loopback is up in them.
 func (b *bench) startGuest(ctx context.Context) (*guest, error) {
-	cmd := b.command(ctx, "unshare", "--user", "--map-root-user", "--net", "--", filepath.Join(b.work, selfFile), roleGuest)
+	cmd := b.command(ctx, "unshare", "--user", "--map-root-user", "--net", "--", filepath.Join(b.work, selfFile), roleGuest, b.opts.Congestion)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, fmt.Errorf("start guest: %w", err)
@@ -69,7 +69,13 @@ func (b *bench) commandIn(ctx context.Context, g *guest, name string, args ...st
 }
 
 // guestMain is the process that holds the guest's namespaces.
-func guestMain() error {
+func guestMain(args []string) error {
+	if len(args) != 1 {
+		return errUsage
+	}
+	if err := setCongestion(args[0]); err != nil {
+		return fmt.Errorf("guest: %w", err)
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("guest: find loopback: %w", err)

@@ -99,6 +99,9 @@ func hostMain(args []string) error {
 	if err := prepareNetwork(); err != nil {
 		return err
 	}
+	if err := setCongestion(opts.Congestion); err != nil {
+		return err
+	}
 	sysctls, err := prepareSysctls()
 	if err != nil {
 		return err
@@ -206,12 +209,25 @@ func prepareSysctls() (map[string]string, error) {
 		}
 	}
 	values := map[string]string{}
-	for _, name := range []string{"net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem", "net.core.rmem_max", "net.core.wmem_max"} {
+	for _, name := range []string{"net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem", "net.core.rmem_max", "net.core.wmem_max", congestionSysctl} {
 		if v, err := os.ReadFile(sysctlPath(name)); err == nil {
 			values[name] = strings.Join(strings.Fields(string(v)), " ")
 		}
 	}
 	return values, nil
+}
+
+const congestionSysctl = "net.ipv4.tcp_congestion_control"
+
+// setCongestion sets the namespace's default.
+func setCongestion(name string) error {
+	if name == "" {
+		return nil
+	}
+	if err := os.WriteFile(sysctlPath(congestionSysctl), []byte(name), 0o644); err != nil {
+		return fmt.Errorf("set %s to %s: %w: net.ipv4.tcp_allowed_congestion_control names those that every namespace may have", congestionSysctl, name, err)
+	}
+	return nil
 }
 
 func sysctlPath(name string) string {

@@ -30,6 +30,7 @@ type options struct {
 	Slirp       string
 	Pasta       string
 	Out         string
+	Congestion  string // of TCP in all namespaces; "": the machine's
 	UID         int
 	Patience    time.Duration
 	Built       string // what the usernet binary was built from, for the report
@@ -53,7 +54,7 @@ func main() {
 		case roleHost:
 			os.Exit(exitCode(hostMain(os.Args[2:])))
 		case roleGuest:
-			os.Exit(exitCode(guestMain()))
+			os.Exit(exitCode(guestMain(os.Args[2:])))
 		case roleLoad:
 			os.Exit(exitCode(loadMain(os.Args[2:])))
 		}
@@ -93,6 +94,7 @@ func parseOptions(args []string) (opts options, chart, list bool, err error) {
 	flags.StringVar(&opts.Slirp, "slirp4netns", "slirp4netns", "the slirp4netns binary")
 	flags.StringVar(&opts.Pasta, "pasta", "pasta", "the pasta binary")
 	flags.StringVar(&opts.Out, "out", filepath.Join("bench", "results"), "directory for the results")
+	flags.StringVar(&opts.Congestion, "congestion", "", "TCP's congestion control in all namespaces, such as reno (default: the machine's)")
 	flags.IntVar(&opts.UID, "uid", 1000, "uid and gid that everything is dropped to when this is run as root")
 	flags.DurationVar(&opts.Patience, "patience", 0, "before each sample, wait up to so long until the machine does nothing else")
 	flags.BoolVar(&chart, "chart", true, "draw the charts (downloads the chart module's dependencies the first time)")

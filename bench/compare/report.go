@@ -95,7 +95,8 @@ func markdown(r report) string {
 	fmt.Fprintf(&b, "Measured %s on %d × %s, %.0f GB, %s, Linux %s; load before the run %s.\n", r.Date, m.CPUs, m.CPU, m.Memory, m.System, m.Kernel, m.Load)
 	fmt.Fprintf(&b, "Medians of %s of %d s, subjects interleaved; ± is half the distance between the extremes. ", plural(r.Rounds, "round"), r.Seconds)
 	b.WriteString("Guests in rootless namespaces, servers on the host namespace's loopback")
-	fmt.Fprintf(&b, " (tcp_rmem %s, tcp_wmem %s).\n", r.Sysctls["net.ipv4.tcp_rmem"], r.Sysctls["net.ipv4.tcp_wmem"])
+	fmt.Fprintf(&b, " (tcp_rmem %s, tcp_wmem %s), TCP's default congestion control is %s.\n",
+		r.Sysctls["net.ipv4.tcp_rmem"], r.Sysctls["net.ipv4.tcp_wmem"], r.Sysctls[congestionSysctl])
 	if r.Quick {
 		b.WriteString("A quick run: it says which way things go, not by how much.\n")
 	}
