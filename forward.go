@@ -18,6 +18,10 @@ type Forward struct {
 	HostPath string
 	// Guest is where connections go inside. The zero address is the guest's own.
 	Guest netip.AddrPort
+	// Proxy is the version, 1 or 2, of the PROXY protocol by which the server
+	// inside is told the client's address ahead of each connection's own bytes.
+	// 0 sends nothing. TCP only.
+	Proxy int
 }
 
 // ForwardInfo is a Forward that is in effect. Its Host has the port that was
@@ -34,7 +38,11 @@ func (f Forward) String() string {
 	if f.HostPath == "" {
 		host = portOf(f.Host)
 	}
-	return host + ":" + portOf(f.Guest) + "/" + f.Protocol.String()
+	text := host + ":" + portOf(f.Guest) + "/" + f.Protocol.String()
+	if f.Proxy != 0 {
+		text += fmt.Sprintf(",proxy=v%d", f.Proxy)
+	}
+	return text
 }
 
 // portOf writes a port, with an address if there is one.
@@ -53,6 +61,10 @@ func (f Forward) flaw() string {
 	switch host := f.Host.Addr(); {
 	case f.Protocol != TCP && f.Protocol != UDP:
 		return fmt.Sprintf("no protocol %v: there are tcp and udp", f.Protocol)
+	case f.Proxy < 0 || f.Proxy > 2:
+		return fmt.Sprintf("there is no version %d of the PROXY protocol: choose 1 or 2", f.Proxy)
+	case f.Proxy != 0 && f.Protocol != TCP:
+		return "the PROXY protocol goes ahead of a connection: leave it out for udp, whose server sees the client's address"
 	case f.Guest.Port() == 0:
 		return "the guest's port is a number from 1 to 65535"
 	case f.HostPath != "" && f.Host != netip.AddrPort{}:
@@ -114,8 +126,8 @@ func (c Config) checkPublish() error {
 
 // ParseForward parses what to publish:
 //
-//	[ADDRESS:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp]
-//	unix:/PATH:GUESTPORT
+//	[ADDRESS:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp][,proxy=v1|v2]
+//	unix:/PATH:GUESTPORT[,proxy=v1|v2]
 //
 // An IPv6 address is in brackets. Without an address the host listens on all it
 // has, of both families. A HOSTPORT of 0 or nothing is any free one. A range
@@ -134,7 +146,40 @@ func ParseForward(spec string) ([]Forward, error) {
 }
 
 func parseForward(spec string) (fs []Forward, flaw string) {
-	const form = "not of the form [ADDRESS:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp] or unix:/PATH:GUESTPORT"
+	rest, proxy, why := cutProxy(spec)
+	if why != "" {
+		return nil, why
+	}
+	fs, flaw = parseListen(rest)
+	for i := range fs {
+		fs[i].Proxy = proxy
+	}
+	return fs, flaw
+}
+
+// cutProxy takes ,proxy=v1 or v2 off the end. The path of a unix socket may have
+// a comma.
+func cutProxy(spec string) (rest string, version int, flaw string) {
+	const option = ",proxy="
+	i := strings.LastIndex(spec, option)
+	if i < 0 {
+		if i = strings.LastIndexByte(spec, ','); i >= 0 && !strings.Contains(spec[i:], ":") {
+			return "", 0, fmt.Sprintf("no option %q: there is proxy=v1 and proxy=v2", spec[i+1:])
+		}
+		return spec, 0, ""
+	}
+	switch value := spec[i+len(option):]; value {
+	case "v1":
+		return spec[:i], 1, ""
+	case "v2":
+		return spec[:i], 2, ""
+	default:
+		return "", 0, fmt.Sprintf("no version %q of the PROXY protocol: choose proxy=v1 or proxy=v2", value)
+	}
+}
+
+func parseListen(spec string) (fs []Forward, flaw string) {
+	const form = "not of the form [ADDRESS:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp][,proxy=v1|v2] or unix:/PATH:GUESTPORT"
 	if rest, ok := strings.CutPrefix(spec, "unix:"); ok {
 		return parseUnixForward(rest)
 	}

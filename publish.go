@@ -144,6 +144,9 @@ func (p *publisher) inbound(f Forward) (forwarder.Inbound, error) {
 		own4 = a.PoolStart // what is leased to the guest's own interface
 	}
 	in := forwarder.Inbound{Proto: uint8(f.Protocol)}
+	if f.Proxy != 0 {
+		in.Preface = proxyHeader(f.Proxy)
+	}
 	port := f.Guest.Port()
 	switch g := f.Guest.Addr(); {
 	case !g.IsValid():

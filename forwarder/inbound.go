@@ -27,6 +27,10 @@ type Inbound struct {
 	// Own is set where these are addresses of the guest itself, so that
 	// Inside can reach them.
 	Own bool
+	// Preface, if not nil, makes what the guest gets ahead of a connection's own
+	// bytes, of the client's address and the one that it has connected to, which
+	// are invalid for a client on a unix socket. At most 16 KiB, TCP only.
+	Preface func(client, host netip.AddrPort) []byte
 }
 
 // Inside makes TCP sockets in the guest's own network namespace. It is used by
@@ -85,11 +89,18 @@ const maxInsideDials = 256
 
 // insideDial is a client that waits for its socket.
 type insideDial struct {
-	port     *inboundPort
-	fd       int
-	client   netip.AddrPort
-	from, to netip.AddrPort
-	born     time.Duration
+	port *inboundPort
+	arrival
+	from netip.AddrPort // as the guest sees the client
+	born time.Duration
+}
+
+// arrival is a client that was let in.
+type arrival struct {
+	fd      int
+	client  netip.AddrPort
+	to      netip.AddrPort // where in the guest it goes
+	preface []byte         // what the guest gets ahead
 }
 
 func (t *inboundTable) init(f *Forwarder) {
@@ -264,15 +275,19 @@ func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
 	if client.IsValid() && t.f.onHost(client.Addr()) {
 		congestion.Set(fd, t.f.congestion)
 	}
-	to := p.to(client.Addr())
+	c := arrival{fd: fd, client: client, to: p.to(client.Addr())}
+	if p.Preface != nil {
+		c.preface = p.Preface(client, localAddr(fd))
+	}
+	to := c.to
 	from := t.seen(client, to.Addr())
 	inside := t.inside != nil && p.Own && !t.f.now.Before(p.detour) && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)
 	if !inside {
-		t.f.tcp.dialGuest(fd, client, t.routed(from), to, nil)
+		t.f.tcp.dialGuest(c, t.routed(from), nil)
 		return
 	}
 	t.lastDial++
-	t.dials[t.lastDial] = insideDial{p, fd, client, from, to, t.f.clock()}
+	t.dials[t.lastDial] = insideDial{p, c, from, t.f.clock()}
 	t.checkInside(t.inside.Dial(t.lastDial, from, to))
 }
 
@@ -352,7 +367,7 @@ func (t *inboundTable) checkInside(err error) {
 	t.inside = nil
 	for id, d := range t.dials {
 		delete(t.dials, id)
-		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, nil)
+		t.f.tcp.dialGuest(d.arrival, t.routed(d.from), nil)
 	}
 	t.resume()
 }
@@ -371,10 +386,10 @@ func (t *inboundTable) answered(id uint32, fd int, errno unix.Errno) {
 	case fd >= 0:
 		t.join(d, fd)
 	case errno == unix.ECONNREFUSED:
-		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, d.port)
+		t.f.tcp.dialGuest(d.arrival, t.routed(d.from), d.port)
 	default:
 		t.f.log.Debug("no socket inside for a client", "client", d.client, "err", errno)
-		t.f.tcp.dialGuest(d.fd, d.client, t.routed(d.from), d.to, nil)
+		t.f.tcp.dialGuest(d.arrival, t.routed(d.from), nil)
 	}
 }
 
@@ -538,6 +553,16 @@ func rawAccept(fd int, from *rawAddr) (int, unix.Errno) {
 	size := uint32(len(from.b))
 	r, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&from.b)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 	return int(r), errno
+}
+
+// localAddr returns the address that a client of fd has connected to.
+func localAddr(fd int) netip.AddrPort {
+	var ra rawAddr
+	size := uint32(len(ra.b))
+	if _, _, errno := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&ra.b)), uintptr(unsafe.Pointer(&size))); errno != 0 {
+		return netip.AddrPort{}
+	}
+	return ra.get()
 }
 
 // unsent returns how many bytes a socket's peer has not acknowledged.

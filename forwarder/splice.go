@@ -54,7 +54,7 @@ func (t *inboundTable) join(d insideDial, fd int) {
 	fl.born, fl.last = d.born, d.born
 	fl.host.spliceEnd = spliceEnd{fl: fl, fd: d.fd, slot: -1, writable: true}
 	fl.guest = spliceEnd{fl: fl, fd: fd, slot: -1}
-	fl.down = stream{src: &fl.host.spliceEnd, dst: &fl.guest, open: true}
+	fl.down = stream{src: &fl.host.spliceEnd, dst: &fl.guest, open: true, carry: d.preface}
 	fl.up = stream{src: &fl.guest, dst: &fl.host.spliceEnd, open: true}
 	t.flows[fl] = struct{}{}
 	t.connecting[fl] = t.f.now.Add(detourAfter)
@@ -125,11 +125,12 @@ func (fl *spliceFlow) detour() {
 	if !fl.guest.failed {
 		from = netip.AddrPortFrom(from.Addr(), 0) // somebody still answers the other
 	}
+	c := arrival{host, fl.client, fl.to, fl.down.carry}
 	t.f.poll.release(fl.host.slot, host)
 	fl.host.slot, fl.host.fd = -1, -1
 	fl.finish()
 	t.f.stats.TCPTotal.Add(^uint64(0)) // it is counted anew
-	t.f.tcp.dialGuest(host, fl.client, t.routed(from), fl.to, fl.port)
+	t.f.tcp.dialGuest(c, t.routed(from), fl.port)
 }
 
 func (fl *spliceFlow) makeReady() {

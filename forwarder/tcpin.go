@@ -13,10 +13,15 @@ import (
 )
 
 // dialGuest leads a client of a published port to the guest through netstack,
-// which takes the address that the guest sees for one of its own. If the guest
-// lets the client in, detour, unless nil, is a port that this way suits better.
-func (t *tcpTable) dialGuest(fd int, client, from, to netip.AddrPort, detour *inboundPort) {
+// which takes from, the address that the guest sees, for one of its own. If the
+// guest lets the client in, detour, unless nil, is a port that this way suits
+// better.
+func (t *tcpTable) dialGuest(c arrival, from netip.AddrPort, detour *inboundPort) {
+	fd, client, to := c.fd, c.client, c.to
 	fl := &tcpFlow{t: t, fd: fd, client: client, detour: detour, inbound: true, connecting: true, hostWritable: true, upOpen: true, downOpen: true}
+	if len(c.preface) > 0 {
+		fl.carry, fl.hostReadable = c.preface, true // there is something to do, though not to read
+	}
 	fl.born = t.f.clock()
 	fl.last = fl.born
 	var err error

@@ -195,7 +195,11 @@ func printForwards(w io.Writer, all []control.Forward, asJSON bool) error {
 		if f.HostPath != "" {
 			host = "unix:" + f.HostPath
 		}
-		rows[i] = []string{f.ID, f.Protocol, host, f.Guest}
+		guest := f.Guest
+		if f.Proxy != 0 {
+			guest += fmt.Sprintf(" (PROXY v%d)", f.Proxy)
+		}
+		rows[i] = []string{f.ID, f.Protocol, host, guest}
 	}
 	return table(w, "ID\tPROTO\tHOST\tGUEST", rows)
 }

@@ -86,7 +86,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	return []group{
 		{"Network", link},
 		{"Names", names},
-		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp], or unix:/PATH:GUESTPORT)", host},
+		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp][,proxy=v1|v2], or unix:/PATH:GUESTPORT)", host},
 		{"Egress policy (RULE is CIDR[:PORT[-END]][/tcp|udp|icmp], IPv6 with ports as [CIDR]:PORT)", egress},
 		{"Log", logs},
 	}

@@ -28,6 +28,8 @@ type Forward struct {
 	HostPath string `json:"host_path,omitempty"`
 	// Guest is ADDRESS:PORT, or :PORT of the guest's own address.
 	Guest string `json:"guest"`
+	// Proxy is the version of the PROXY protocol, 0 for none.
+	Proxy int `json:"proxy,omitempty"`
 }
 
 // newForward is the body of POST /v1/forwards: a Forward, or a specification as
@@ -161,6 +163,7 @@ func (f *newForward) parse() ([]usernet.Forward, error) {
 	if out.Guest, err = parseAddrPort("guest", f.Guest); err != nil {
 		return nil, err
 	}
+	out.Proxy = f.Proxy
 	if out.HostPath = f.HostPath; f.Host != "" {
 		if out.Host, err = parseAddrPort("host", f.Host); err != nil {
 			return nil, err
@@ -186,7 +189,7 @@ func parseAddrPort(name, text string) (netip.AddrPort, error) {
 }
 
 func describeForward(f usernet.ForwardInfo) Forward {
-	out := Forward{ID: f.ID, Protocol: f.Protocol.String(), HostPath: f.HostPath, Guest: writeAddrPort(f.Guest)}
+	out := Forward{ID: f.ID, Protocol: f.Protocol.String(), HostPath: f.HostPath, Guest: writeAddrPort(f.Guest), Proxy: f.Proxy}
 	if f.HostPath == "" {
 		out.Host = writeAddrPort(f.Host)
 	}

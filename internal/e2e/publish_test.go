@@ -367,3 +367,42 @@ func shortDir(t *testing.T) string {
 	}
 	return dir
 }
+
+// TestPublishProxyProtocol: a server that asks for it is told the client's
+// address ahead of what the client sends, even if that is nothing.
+func TestPublishProxyProtocol(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		rig.NeedTools(t, "socat")
+		echo := rig.Services.Echo
+		socket := filepath.Join(shortDir(t), "socket")
+		w.publish(t, way, fmt.Sprintf("8081:%d,proxy=v1", echo), fmt.Sprintf("8082:%d,proxy=v2", echo),
+			fmt.Sprintf("unix:%s:%d,proxy=v1", socket, echo))
+		const v2 = "\r\n\r\n\x00\r\nQUIT\n"
+		ask := func(from *rig.Node, text, to string) string {
+			return from.Must(t, "sh", "-c", fmt.Sprintf("printf '%s' | timeout 20 socat -t 5 - %s", text, to))
+		}
+		families(t, func(t *testing.T, six bool) {
+			client, here := pick(six, internet4, internet6), pick(six, rig.Host4, rig.Host6)
+			family := pick(six, "TCP4", "TCP6")
+			port := 42000
+			for _, text := range []string{"", "hello"} {
+				port++
+				got := ask(w.Internet, text, fmt.Sprintf("%s:%s,bind=%s,reuseaddr", family, host(six, 8081), at(client, port)))
+				if want := fmt.Sprintf("PROXY %s %v %v %d 8081\r\n%s", family, client, here, port, text); got != want {
+					t.Errorf("version 1: the server got %q, want %q", got, want)
+				}
+				port++
+				got = ask(w.Internet, text, fmt.Sprintf("%s:%s,bind=%s,reuseaddr", family, host(six, 8082), at(client, port)))
+				want := v2 + pick(six, "\x21\x11\x00\x0c", "\x21\x21\x00\x24") +
+					string(client.AsSlice()) + string(here.AsSlice()) +
+					string([]byte{byte(port >> 8), byte(port), 8082 >> 8, 8082 & 0xff}) + text
+				if got != want {
+					t.Errorf("version 2: the server got %q, want %q", got, want)
+				}
+			}
+		})
+		if got := ask(w.User, "hello", "UNIX:"+socket); got != "PROXY UNKNOWN\r\nhello" {
+			t.Errorf("from a unix socket the server got %q", got)
+		}
+	})
+}
