@@ -105,6 +105,7 @@ type Config struct {
 	// these ports only. By default the host is closed.
 	HostLoopback bool
 	HostPorts    []uint16
+	Reverse      []Reverse // servers of the host at ports of the gateway
 
 	// Deny rules go before Allow rules. Once there is an Allow rule, or one of
 	// AllowNames, what none of them names is denied. Link-local addresses, and

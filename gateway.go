@@ -67,7 +67,7 @@ func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: end, Guest: guest{g.stack}, Policy: policy,
-		Clock: g.stack, Outbound: outbound, Logger: c.Logger,
+		Clock: g.stack, Outbound: outbound, Reverse: servers(c.Reverse), Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()
@@ -107,6 +107,14 @@ func newPolicy(c Config, a Addresses) *forwarder.Policy {
 		p.Virtual = append(p.Virtual, a.Prefix6)
 	}
 	return forwarder.NewPolicy(p)
+}
+
+func servers(rs []Reverse) map[uint16]forwarder.Server {
+	m := make(map[uint16]forwarder.Server, len(rs))
+	for _, r := range rs {
+		m[r.Port] = forwarder.Server{Addr: r.Host, Path: r.HostPath}
+	}
+	return m
 }
 
 func rules(rs []Rule) []forwarder.Rule {

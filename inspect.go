@@ -54,6 +54,7 @@ type Info struct {
 
 	HostLoopback bool     `json:"host_loopback"`
 	HostPorts    []uint16 `json:"host_ports,omitempty"`
+	Reverse      []string `json:"reverse,omitempty"` // as ParseReverse takes them
 }
 
 // A Subnet is a guest's, of one family.
@@ -74,6 +75,9 @@ func (n *Network) Info() Info {
 		Configure: string(n.cfg.Configure), DNS: !n.cfg.NoDNS,
 		HostLoopback: n.cfg.HostLoopback, HostPorts: n.cfg.HostPorts,
 		IPv4: Subnet{a.Prefix4, a.Gateway4, a.DNS4, a.Guest4},
+	}
+	for _, r := range n.cfg.Reverse {
+		i.Reverse = append(i.Reverse, r.String())
 	}
 	if a.Prefix6.IsValid() {
 		i.IPv6 = &Subnet{a.Prefix6, a.Gateway6, a.DNS6, a.Guest6}
@@ -331,8 +335,8 @@ type DenialStats struct {
 
 // NetstackStats count what the TCP of the guest's side went through.
 type NetstackStats struct {
-	Received        uint64 `json:"packets_received"`
-	Sent            uint64 `json:"packets_sent"`
+	Received        uint64 `json:"segments_received"`
+	Sent            uint64 `json:"segments_sent"`
 	Malformed       uint64 `json:"malformed"`
 	ChecksumErrors  uint64 `json:"tcp_checksum_errors"`
 	Retransmits     uint64 `json:"tcp_retransmits"`

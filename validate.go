@@ -247,6 +247,9 @@ func (c Config) checkHostSide() error {
 	if slices.Contains(c.HostPorts, 0) {
 		return badConfig("open host port 0: a port is a number from 1 to 65535")
 	}
+	if err := c.checkReverse(); err != nil {
+		return err
+	}
 	for _, o := range []struct {
 		addr   netip.Addr
 		fits   bool

@@ -77,7 +77,8 @@ type Config struct {
 	Guest    Guest
 	Policy   *Policy
 	Outbound Outbound
-	Clock    Clock // nil: netstack's clock is its own
+	Reverse  map[uint16]Server // by port of the gateway
+	Clock    Clock             // nil: netstack's clock is its own
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.

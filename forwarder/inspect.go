@@ -200,6 +200,9 @@ func (f *Forwarder) KillFlow(ctx context.Context, id uint64) error {
 
 // dialled is the address that a packet for remote leaves to.
 func (f *Forwarder) dialled(proto uint8, remote netip.AddrPort) netip.AddrPort {
+	if s, ok := f.reversed(remote); ok && proto == TCP {
+		return s.Addr // none if it has a path
+	}
 	to, _ := f.policy.Resolve(proto, remote)
 	return to
 }
@@ -278,7 +281,7 @@ func (fl *echoFlow) kill() { fl.end() }
 
 // Netstack are counters of the guest's side of all connections.
 type Netstack struct {
-	Received, Sent              uint64 // IP packets
+	Received, Sent              uint64 // TCP segments
 	MalformedReceived           uint64
 	ChecksumErrors              uint64 // of TCP
 	Retransmits, FastRetransmit uint64 // segments that the guest had to be sent again
@@ -291,7 +294,7 @@ type Netstack struct {
 func (f *Forwarder) Netstack() Netstack {
 	s := f.cfg.Netstack.Stats()
 	return Netstack{
-		Received: s.IP.PacketsReceived.Value(), Sent: s.IP.PacketsSent.Value(),
+		Received: s.TCP.ValidSegmentsReceived.Value(), Sent: s.TCP.SegmentsSent.Value(),
 		MalformedReceived: s.IP.MalformedPacketsReceived.Value() + s.TCP.InvalidSegmentsReceived.Value(),
 		ChecksumErrors:    s.TCP.ChecksumErrors.Value(),
 		Retransmits:       s.TCP.Retransmits.Value(), FastRetransmit: s.TCP.FastRetransmit.Value(),

@@ -186,12 +186,20 @@ func (p *Policy) isLocal(a netip.Addr) bool {
 	return false
 }
 
-// rules applies the user's rules and the guarded addresses.
-func (p *Policy) rules(proto uint8, dst netip.AddrPort) Verdict {
+// denies applies the user's deny rules.
+func (p *Policy) denies(proto uint8, dst netip.AddrPort) Verdict {
 	for i, r := range p.cfg.Deny {
 		if r.matches(proto, dst) {
 			return Verdict{DeniedRule, &p.cfg.Deny[i]}
 		}
+	}
+	return Verdict{}
+}
+
+// rules applies the user's rules and the guarded addresses.
+func (p *Policy) rules(proto uint8, dst netip.AddrPort) Verdict {
+	if v := p.denies(proto, dst); v.Reason != Allowed {
+		return v
 	}
 	var guard netip.Prefix
 	for _, g := range guarded {

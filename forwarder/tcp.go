@@ -112,7 +112,13 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if accepting {
 		return true // a repeated SYN: the answer is being written
 	}
-	dst, v := f.policy.Resolve(TCP, to)
+	server, reversed := f.reversed(to)
+	dst, v := server.Addr, Verdict{}
+	if !reversed {
+		dst, v = f.policy.Resolve(TCP, to)
+	} else if dst.IsValid() {
+		v = f.policy.denies(TCP, dst)
+	}
 	if v.Reason != Allowed {
 		f.denied(TCP, netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort), to, dst, v)
 		return t.refuse(id, pkt, f.policy.refusal())
@@ -121,7 +127,10 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		f.stats.DialsDropped.Add(1)
 		return true
 	}
-	fd, errno := f.dialTCP(dst)
+	if !reversed {
+		server = Server{Addr: dst}
+	}
+	fd, errno := f.dialServer(server)
 	switch errno {
 	case 0:
 		return t.establish(id, pkt, fd, -1, 0)

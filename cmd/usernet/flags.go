@@ -67,6 +67,8 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 		"let the guest reach the host's loopback at the gateway's address, and the host's own addresses; off by default")
 	list(host, &c.HostPorts, "host-port", "PORT", port,
 		"let the guest reach this port of the host only; repeatable; none by default")
+	list(host, &c.Reverse, "reverse", "GUESTPORT:[ADDR:]PORT", usernet.ParseReverse,
+		"let the guest reach this server of the host at GUESTPORT of the gateway; GUESTPORT:unix:/PATH is a unix socket; repeatable")
 	define(host, &c.OutboundAddr, "outbound-addr", "ADDR", netip.Addr{}, address, "send IPv4 from this address of the host")
 	define(host, &c.OutboundAddr6, "outbound-addr6", "ADDR", netip.Addr{}, address, "send IPv6 from this address of the host")
 	define(host, &c.OutboundInterface, "outbound-if", "NAME", "", text, "send by this interface of the host")

@@ -1,8 +1,12 @@
 package e2e
 
 import (
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -155,4 +159,47 @@ func wantQuiet(t *testing.T, w *world, how string) {
 	for _, hit := range rig.CanaryHits.On(t, w.Host, struct{}{}) {
 		t.Errorf("%s: the host's listener was reached: %s", how, hit)
 	}
+}
+
+// TestReverse: a port of the gateway leads to one server of the host, on the
+// loopback or a unix socket; the loopback itself stays closed, and deny rules
+// hold.
+func TestReverse(t *testing.T) {
+	rig.NeedUsernet(t)
+	rig.NeedTools(t, "socat")
+	w := onTap(t)
+	whoami := w.User.ServeOn(t, true, "127.0.0.1").Whoami
+	dir := shortDir(t)
+	socket := filepath.Join(dir, "socket")
+	w.User.Exec(t, rig.Command{Args: []string{"socat", "UNIX-LISTEN:" + socket + ",fork,unlink-early", "SYSTEM:echo over a unix socket"}})
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(socket); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	w.attach(t, "--reverse", fmt.Sprintf("4000:%d", whoami), "--reverse", "4001:unix:"+socket,
+		"--reverse", "4002:unix:"+dir+"/nobody", "--reverse", fmt.Sprintf("4003:127.0.0.2:%d", whoami),
+		"--deny", "127.0.0.2/32")
+	families(t, func(t *testing.T, six bool) {
+		gateway := pick(six, netip.MustParseAddr("10.0.2.2"), netip.MustParseAddr("fd75:736e:6574::2"))
+		ask := func(port int) rig.DialResult {
+			return rig.ReadAll.On(t, w.Guest, rig.DialRequest{Network: "tcp", Addr: at(gateway, port)})
+		}
+		if r := ask(4000); !strings.HasPrefix(r.Text, "127.0.0.1:") {
+			t.Errorf("the server on the loopback: %v", r)
+		}
+		if r := ask(4001); r.Text != "over a unix socket\n" {
+			t.Errorf("the server on a unix socket: %v", r)
+		}
+		if r := ask(4002); r.Errno != syscall.ECONNREFUSED {
+			t.Errorf("a unix socket that is not there: %v, want a refusal", r)
+		}
+		for _, port := range []int{4003, whoami} {
+			if r := rig.Dial.On(t, w.Guest, rig.DialRequest{Network: "tcp", Addr: at(gateway, port)}); r.Errno == 0 {
+				t.Errorf("port %d is closed, yet: %v", port, r)
+			}
+		}
+	})
 }
