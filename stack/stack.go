@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -139,6 +140,7 @@ func New(cfg Config) (*Stack, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	log.SetTarget(netstackLog{cfg.Logger}) // of all stacks in this process
 	cfg.Prefix4 = cfg.Prefix4.Masked()
 	s := &Stack{
 		cfg: cfg, log: cfg.Logger, link: cfg.Link, clock: newClock(),
