@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode"
 )
 
 // Bounds on what is taken from a resolv.conf.
@@ -85,7 +86,7 @@ func parseServer(rest []byte) (netip.AddrPort, bool) {
 		return netip.AddrPort{}, false
 	}
 	a, err := netip.ParseAddr(string(field))
-	if err != nil || a.IsMulticast() {
+	if err != nil || a.IsMulticast() || bytes.ContainsFunc(field, unicode.IsControl) {
 		return netip.AddrPort{}, false
 	}
 	switch a = a.Unmap(); a {
