@@ -62,7 +62,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	names.BoolVar(&c.NoDNS, "no-dns", false, "serve no DNS")
 
 	host.VarP(&publish{&c.Publish}, "publish", "p",
-		"publish a port of the guest on the host, without an address on all of its; port 0 is any free one, told on stdout; repeatable")
+		"publish a port of the guest on the host, without an address on all of its; port 0 is any free one, told on stdout; SPEC,proxy=v1 or v2 tells the server its client by the PROXY protocol; repeatable")
 	host.BoolVar(&c.HostLoopback, "host-loopback", false,
 		"let the guest reach the host's loopback at the gateway's address, and the host's own addresses; off by default")
 	list(host, &c.HostPorts, "host-port", "PORT", port,
@@ -88,7 +88,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	return []group{
 		{"Network", link},
 		{"Names", names},
-		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp][,proxy=v1|v2], or unix:/PATH:GUESTPORT)", host},
+		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp], or unix:/PATH:GUESTPORT)", host},
 		{"Egress policy (RULE is CIDR[:PORT[-END]][/tcp|udp|icmp], IPv6 with ports as [CIDR]:PORT)", egress},
 		{"Log", logs},
 	}
