@@ -31,6 +31,7 @@ type stream struct {
 	asked  sync.WaitGroup // queries without their last answer
 	open   atomic.Int32   // how many those are
 	unsent atomic.Int64   // bytes queued
+	cut    atomic.Bool    // it is gone or reads too slowly: its answers are dropped
 	active atomic.Int64   // when the last query came, in nanoseconds
 }
 
@@ -214,20 +215,28 @@ func (st *stream) finish() {
 }
 
 // more queues a copy of msg, an answer that others may follow. It waits until
-// there is room for the next: for a reader that is slow, but not for ever.
-func (st *stream) more(id uint16, msg []byte) {
+// there is room for the next: for a reader that is slow, but not for ever. It
+// reports whether anybody still reads.
+func (st *stream) more(id uint16, msg []byte) bool {
 	st.queue(id, msg)
 	st.slots <- struct{}{}
+	return !st.cut.Load()
 }
 
-// queue puts a copy of msg where the caller has a slot for it.
+// queue puts a copy of msg where the caller has a slot for it, or nothing if
+// nobody reads any more.
 func (st *stream) queue(id uint16, msg []byte) {
+	if st.cut.Load() {
+		st.out <- nil
+		return
+	}
 	framed := make([]byte, 2, 2+len(msg))
 	binary.BigEndian.PutUint16(framed, uint16(len(msg)))
 	framed = append(framed, msg...)
 	binary.BigEndian.PutUint16(framed[2:], id)
 	own := st.unsent.Add(int64(len(framed)))
 	if st.all.unsent.Add(int64(len(framed))) > maxUnsent && own > fairUnsent {
+		st.cut.Store(true)
 		st.conn.Close() // the writer gives back what it cannot send
 	}
 	st.out <- framed
@@ -254,6 +263,7 @@ func (st *stream) write() {
 		}
 		st.conn.SetWriteDeadline(time.Now().Add(st.all.patience))
 		if _, err := st.conn.Write(buf); err != nil {
+			st.cut.Store(true)
 			st.conn.Close()
 		}
 		st.unsent.Add(-int64(len(buf)))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"strings"
@@ -167,7 +168,8 @@ func TestSlowReader(t *testing.T) {
 		go c.Write(frames)
 	}
 	time.Sleep(300 * time.Millisecond)
-	if n := s.streams.unsent.Load(); n > maxUnsent+8*fairUnsent {
+	// A stream is cut off by the answer that takes it past its share.
+	if n := s.streams.unsent.Load(); n > maxUnsent+8*(fairUnsent+math.MaxUint16) {
 		t.Errorf("%d bytes are waiting for slow readers", n)
 	}
 	if m := unpack(t, exchangeTCP(t, addr, ask("here", dns.TypeA), patience)); len(m.Answer) != 1 {

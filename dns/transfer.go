@@ -69,8 +69,7 @@ func (s *Server) relayTransfer(up *upstream, q *query, c client) bool {
 		last := msg[3]&maskRcode != rcodeSuccess || soas == 0 ||
 			q.qtype == typeAXFR && soas > 1 ||
 			q.qtype == typeIXFR && !sent && records == 1 // nothing new
-		c.tcp.more(c.id, msg)
-		if last {
+		if !c.tcp.more(c.id, msg) || last {
 			return true
 		}
 		conn.SetDeadline(time.Now().Add(transferPatience))
