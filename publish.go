@@ -139,10 +139,7 @@ func (p *publisher) add(ctx context.Context, f Forward) (ForwardInfo, error) {
 // inbound tells the forwarder where a forward leads.
 func (p *publisher) inbound(f Forward) (forwarder.Inbound, error) {
 	a := p.cfg.Addresses()
-	own4 := a.Guest4
-	if p.cfg.Configure == ConfigureNone {
-		own4 = a.PoolStart // what is leased to the guest's own interface
-	}
+	own4 := p.own4()
 	in := forwarder.Inbound{Proto: uint8(f.Protocol)}
 	if f.Proxy != 0 {
 		in.Preface = proxyHeader(f.Proxy)
@@ -150,7 +147,6 @@ func (p *publisher) inbound(f Forward) (forwarder.Inbound, error) {
 	port := f.Guest.Port()
 	switch g := f.Guest.Addr(); {
 	case !g.IsValid():
-		in.Own = true
 		in.Guest4 = netip.AddrPortFrom(own4, port)
 		if a.Guest6.IsValid() {
 			in.Guest6 = netip.AddrPortFrom(a.Guest6, port)
@@ -158,13 +154,22 @@ func (p *publisher) inbound(f Forward) (forwarder.Inbound, error) {
 	case slices.Contains([]netip.Addr{a.Gateway4, a.DNS4, a.Gateway6, a.DNS6}, g):
 		return in, badConfig("publish %v: %v is this side's, not the guest's", f, g)
 	case a.Prefix4.Contains(g):
-		in.Guest4, in.Own = f.Guest, g == own4
+		in.Guest4 = f.Guest
 	case a.Prefix6.IsValid() && a.Prefix6.Contains(g):
-		in.Guest6, in.Own = f.Guest, g == a.Guest6
+		in.Guest6 = f.Guest
 	default:
 		return in, badConfig("publish %v: the guest's subnet has no address %v: leave it out for the guest's own, which is %v", f, g, own4)
 	}
 	return in, nil
+}
+
+// own4 is the IPv4 address of the guest's own interface.
+func (p *publisher) own4() netip.Addr {
+	a := p.cfg.Addresses()
+	if p.cfg.Configure == ConfigureNone {
+		return a.PoolStart // what is leased to it
+	}
+	return a.Guest4
 }
 
 // prepare readies the namespace for fast forwards, once.
@@ -188,7 +193,14 @@ func (p *publisher) prepare(ctx context.Context) {
 			break
 		}
 	}
-	if err := p.fwd.UseInside(ctx, s, s.Error4 == "", s.Error6 == ""); err != nil {
+	var own []netip.Addr
+	if s.Error4 == "" {
+		own = append(own, p.own4())
+	}
+	if a := p.cfg.Addresses().Guest6; a.IsValid() && s.Error6 == "" {
+		own = append(own, a)
+	}
+	if err := p.fwd.UseInside(ctx, s, own...); err != nil {
 		p.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
 	}
 }

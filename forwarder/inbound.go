@@ -24,9 +24,6 @@ type Inbound struct {
 	// Guest4 and Guest6 are where clients of each family are led to. If one
 	// is missing, its clients go to the other, and come from the gateway.
 	Guest4, Guest6 netip.AddrPort
-	// Own is set where these are addresses of the guest itself, so that
-	// Inside can reach them.
-	Own bool
 	// Preface, if not nil, makes what the guest gets ahead of a connection's own
 	// bytes, of the client's address and the one that it has connected to, which
 	// are invalid for a client on a unix socket. At most 16 KiB, TCP only.
@@ -53,12 +50,13 @@ type inboundTable struct {
 	ports map[uint64]*inboundPort
 	last  uint64 // id
 
-	inside           Inside // nil: everything goes through netstack
-	inside4, inside6 bool
-	insideSlot       int32
-	dials            map[uint32]insideDial
-	lastDial         uint32
-	paused           []*listener
+	// insides has those who can reach a guest's address from within; what is
+	// for others goes through netstack.
+	insides  map[netip.Addr]*interior
+	asked    []*interior // of whom something was asked in this turn
+	dials    map[uint32]insideDial
+	lastDial uint32
+	paused   []*listener
 
 	flows map[*spliceFlow]struct{}
 	// connecting has the flows that the guest has not answered, and until when
@@ -83,12 +81,23 @@ type inboundPort struct {
 	detour time.Time
 }
 
-// maxInsideDials bounds the sockets that are asked for. Clients beyond wait in
-// the listeners' queues.
+// interior is an Inside in use.
+type interior struct {
+	Inside
+	t       *inboundTable
+	slot    int32
+	pending int  // dials
+	asked   bool // is in the table's list
+	gone    bool
+}
+
+// maxInsideDials bounds the sockets that are asked for of one Inside. Clients
+// beyond wait in the listeners' queues.
 const maxInsideDials = 256
 
 // insideDial is a client that waits for its socket.
 type insideDial struct {
+	in   *interior
 	port *inboundPort
 	arrival
 	from netip.AddrPort // as the guest sees the client
@@ -106,6 +115,7 @@ type arrival struct {
 func (t *inboundTable) init(f *Forwarder) {
 	t.f = f
 	t.ports = make(map[uint64]*inboundPort)
+	t.insides = make(map[netip.Addr]*interior)
 	t.dials = make(map[uint32]insideDial)
 	t.flows = make(map[*spliceFlow]struct{})
 	t.connecting = make(map[*spliceFlow]time.Time)
@@ -114,18 +124,23 @@ func (t *inboundTable) init(f *Forwarder) {
 	t.udp.init(f)
 }
 
-// UseInside has published TCP ports served by sockets inside the namespace, for
-// the families given. The forwarder closes in when it has ended.
-func (f *Forwarder) UseInside(ctx context.Context, in Inside, four, six bool) error {
+// UseInside has what is published of these addresses of a guest served by sockets
+// that in makes. The forwarder closes in when it has ended, or at DropInside.
+func (f *Forwarder) UseInside(ctx context.Context, in Inside, guests ...netip.Addr) error {
+	if len(guests) == 0 {
+		in.Close()
+		return nil
+	}
 	t := &f.inbound
 	var failed error
 	err := f.Do(ctx, func() {
-		slot, err := f.poll.add(in.FD(), unix.EPOLLIN, insideEvents{t})
-		if err != nil {
-			failed = err
+		i := &interior{Inside: in, t: t}
+		if i.slot, failed = f.poll.add(in.FD(), unix.EPOLLIN, i); failed != nil {
 			return
 		}
-		t.inside, t.insideSlot, t.inside4, t.inside6 = in, slot, four, six
+		for _, a := range guests {
+			t.insides[a] = i
+		}
 	})
 	if err == nil {
 		err = failed
@@ -134,6 +149,16 @@ func (f *Forwarder) UseInside(ctx context.Context, in Inside, four, six bool) er
 		in.Close()
 	}
 	return err
+}
+
+// DropInside takes back what UseInside has said of an address. Clients that wait
+// go through netstack.
+func (f *Forwarder) DropInside(ctx context.Context, guest netip.Addr) error {
+	return f.Do(ctx, func() {
+		if in := f.inbound.insides[guest]; in != nil {
+			f.inbound.giveUp(in)
+		}
+	})
 }
 
 // Publish publishes a port and returns its id. The sockets are the forwarder's
@@ -218,7 +243,7 @@ const acceptBatch = 32
 func (l *listener) ready(uint32) {
 	t := l.t
 	for range acceptBatch {
-		if len(t.dials) >= maxInsideDials {
+		if t.busy(l.port) {
 			l.pause()
 			break
 		}
@@ -238,9 +263,24 @@ func (l *listener) ready(uint32) {
 		}
 		t.admit(l.port, fd, ra.get())
 	}
-	if t.inside != nil {
-		t.checkInside(t.inside.Flush())
+	for i, in := range t.asked {
+		t.asked[i] = nil
+		in.asked = false
+		if !in.gone {
+			in.check(in.Flush())
+		}
 	}
+	t.asked = t.asked[:0]
+}
+
+// busy reports whether too many of a port's clients wait for sockets inside.
+func (t *inboundTable) busy(p *inboundPort) bool {
+	for _, a := range [...]netip.Addr{p.Guest4.Addr(), p.Guest6.Addr()} {
+		if in := t.insides[a]; in != nil && in.pending >= maxInsideDials {
+			return true
+		}
+	}
+	return false
 }
 
 // pauseTime is how long a listener rests when there are no descriptors left.
@@ -281,14 +321,19 @@ func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
 	}
 	to := c.to
 	from := t.seen(client, to.Addr())
-	inside := t.inside != nil && p.Own && !t.f.now.Before(p.detour) && (to.Addr().Is4() && t.inside4 || to.Addr().Is6() && t.inside6)
-	if !inside {
+	in := t.insides[to.Addr()]
+	if in == nil || t.f.now.Before(p.detour) {
 		t.f.tcp.dialGuest(c, t.routed(from), nil)
 		return
 	}
+	if !in.asked {
+		in.asked = true
+		t.asked = append(t.asked, in)
+	}
 	t.lastDial++
-	t.dials[t.lastDial] = insideDial{p, c, from, t.f.clock()}
-	t.checkInside(t.inside.Dial(t.lastDial, from, to))
+	t.dials[t.lastDial] = insideDial{in, p, c, from, t.f.clock()}
+	in.pending++
+	in.check(in.Dial(t.lastDial, from, to))
 }
 
 // to is where in the guest a client goes.
@@ -337,51 +382,61 @@ func (t *inboundTable) routed(from netip.AddrPort) netip.AddrPort {
 // this says otherwise.
 func (f *Forwarder) SetRoute6(on bool) { f.inbound.noRoute6.Store(!on) }
 
-// insideEvents receives the events of Inside's descriptor.
-type insideEvents struct{ t *inboundTable }
-
 // ready implements pollee.
-func (e insideEvents) ready(uint32) {
-	if e.t.inside == nil {
+func (in *interior) ready(uint32) {
+	if in.gone {
 		return
 	}
-	err := e.t.inside.Receive(e.t.answered)
+	err := in.Receive(in.answered)
 	if err == nil {
-		err = e.t.inside.Flush()
+		err = in.Flush()
 	}
-	e.t.checkInside(err)
-	if len(e.t.dials) <= maxInsideDials/2 && len(e.t.paused) > 0 {
-		e.t.resume()
+	in.check(err)
+	if in.pending <= maxInsideDials/2 && len(in.t.paused) > 0 {
+		in.t.resume()
 	}
 }
 
-// checkInside gives up on sockets inside the namespace if err says so. Those
-// who wait for one go through netstack.
-func (t *inboundTable) checkInside(err error) {
-	if err == nil || t.inside == nil {
-		return
+// check gives up on sockets inside the namespace if err says so.
+func (in *interior) check(err error) {
+	if err != nil && !in.gone {
+		in.t.f.log.Warn("published ports are slower from now on", "err", err)
+		in.t.giveUp(in)
 	}
-	t.f.log.Warn("published ports are slower from now on", "err", err)
-	t.f.poll.remove(t.insideSlot)
-	t.inside.Close()
-	t.inside = nil
+}
+
+// giveUp makes no more sockets with in. Those who wait for one go through
+// netstack.
+func (t *inboundTable) giveUp(in *interior) {
+	in.gone = true
+	t.f.poll.remove(in.slot)
+	in.Close()
+	for a, other := range t.insides {
+		if other == in {
+			delete(t.insides, a)
+		}
+	}
 	for id, d := range t.dials {
-		delete(t.dials, id)
-		t.f.tcp.dialGuest(d.arrival, t.routed(d.from), nil)
+		if d.in == in {
+			delete(t.dials, id)
+			t.f.tcp.dialGuest(d.arrival, t.routed(d.from), nil)
+		}
 	}
 	t.resume()
 }
 
 // answered takes the socket that a client has waited for.
-func (t *inboundTable) answered(id uint32, fd int, errno unix.Errno) {
+func (in *interior) answered(id uint32, fd int, errno unix.Errno) {
+	t := in.t
 	d, ok := t.dials[id]
-	if !ok {
+	if !ok || d.in != in {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
 		return
 	}
 	delete(t.dials, id)
+	in.pending--
 	switch {
 	case fd >= 0:
 		t.join(d, fd)
@@ -402,8 +457,7 @@ var errInsideSilent = errors.New("forwarder: no answer from inside the namespace
 func (t *inboundTable) sweep() {
 	for _, d := range t.dials {
 		if t.f.clock()-d.born > insideTimeout {
-			t.checkInside(errInsideSilent)
-			break
+			d.in.check(errInsideSilent)
 		}
 	}
 	t.resume()
@@ -447,9 +501,13 @@ func (t *inboundTable) close() {
 		fl.abort()
 	}
 	t.pipes.close()
-	if t.inside != nil {
-		t.inside.Close()
-		t.inside = nil
+	closed := make(map[*interior]bool)
+	for a, in := range t.insides {
+		delete(t.insides, a)
+		if !closed[in] {
+			closed[in] = true
+			in.Close()
+		}
 	}
 }
 

@@ -95,7 +95,7 @@ func published(t testing.TB, splice bool, serve func(halfConn)) (*network, strin
 	var guest netip.AddrPort
 	if splice {
 		guest = netip.AddrPortFrom(guest4, listen(t, func(c *net.TCPConn) { serve(c) }))
-		if err := n.fwd.UseInside(context.Background(), newLoopback(t), true, true); err != nil {
+		if err := n.fwd.UseInside(context.Background(), newLoopback(t), guest4, guest6); err != nil {
 			t.Fatal(err)
 		}
 	} else {
@@ -129,7 +129,7 @@ func publish(t testing.TB, n *network, guest netip.AddrPort) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = n.fwd.Publish(context.Background(), forwarder.Inbound{Proto: forwarder.TCP, FDs: []int{fd}, Guest4: guest, Own: true})
+	_, err = n.fwd.Publish(context.Background(), forwarder.Inbound{Proto: forwarder.TCP, FDs: []int{fd}, Guest4: guest})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -338,7 +338,7 @@ func TestInboundEnds(t *testing.T) {
 		t.Run(way.name+"/refused", func(t *testing.T) {
 			n := newNetwork(t, rigOptions{})
 			if way.splice {
-				if err := n.fwd.UseInside(context.Background(), newLoopback(t), true, true); err != nil {
+				if err := n.fwd.UseInside(context.Background(), newLoopback(t), guest4, guest6); err != nil {
 					t.Fatal(err)
 				}
 			}
