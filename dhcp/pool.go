@@ -111,16 +111,9 @@ func newPool(prefix netip.Prefix, first, last netip.Addr, rs []Reservation, neve
 		p.first, p.size = first, n+1
 	}
 	for _, r := range rs {
-		switch {
-		case !prefix.Contains(r.Addr) || p.never[r.Addr]:
-			return nil, fmt.Errorf("reserved address %v is not for guests of %v", r.Addr, prefix)
-		case len(r.LinkAddr) != 6:
-			return nil, fmt.Errorf("reservation of %v: %v is not an Ethernet address", r.Addr, r.LinkAddr)
-		case p.reserved[r.Addr] != nil || p.byMAC[string(r.LinkAddr)].IsValid():
-			return nil, fmt.Errorf("reservation of %v for %v: either has another one", r.Addr, r.LinkAddr)
+		if err := p.reserve(r); err != nil {
+			return nil, err
 		}
-		p.reserved[r.Addr] = r.LinkAddr
-		p.byMAC[string(r.LinkAddr)] = r.Addr
 	}
 	return p, nil
 }
