@@ -24,8 +24,28 @@ type neighbors struct {
 }
 
 type neighbor struct {
-	addr netip.Addr
-	mac  [6]byte
+	addr  netip.Addr
+	mac   [6]byte
+	fixed bool // set, not learned
+}
+
+// set notes that addr is at mac, whatever is heard.
+func (n *neighbors) set(addr netip.Addr, mac [6]byte) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.m == nil {
+		n.m = make(map[netip.Addr]*neighbor)
+	}
+	n.m[addr] = &neighbor{addr, mac, true}
+	n.last.Store(nil)
+}
+
+// forget forgets addr.
+func (n *neighbors) forget(addr netip.Addr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.m, addr)
+	n.last.Store(nil)
 }
 
 // learn notes that addr was heard from mac.
@@ -36,17 +56,22 @@ func (n *neighbors) learn(addr netip.Addr, mac [6]byte) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	e := n.m[addr]
+	if e != nil && e.fixed {
+		return
+	}
 	if e == nil || e.mac != mac {
 		if n.m == nil {
 			n.m = make(map[netip.Addr]*neighbor)
 		}
 		if e == nil && len(n.m) >= maxNeighbors {
-			for a := range n.m { // any one
-				delete(n.m, a)
-				break
+			for a, old := range n.m { // any one
+				if !old.fixed {
+					delete(n.m, a)
+					break
+				}
 			}
 		}
-		e = &neighbor{addr, mac}
+		e = &neighbor{addr, mac, false}
 		n.m[addr] = e
 	}
 	n.last.Store(e)
@@ -68,6 +93,13 @@ func (n *neighbors) lookup(addr netip.Addr) [6]byte {
 	}
 	return n.fallback
 }
+
+// SetNeighbor says which link address a guest's address has. It holds until
+// ForgetNeighbor, whatever is heard from whom.
+func (s *Stack) SetNeighbor(addr netip.Addr, mac [6]byte) { s.neigh.set(addr, mac) }
+
+// ForgetNeighbor takes back what SetNeighbor said, or what was learned.
+func (s *Stack) ForgetNeighbor(addr netip.Addr) { s.neigh.forget(addr) }
 
 // resolve is lookup for netstack.
 func (s *Stack) resolve(a tcpip.Address) [6]byte {
