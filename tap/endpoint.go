@@ -97,6 +97,9 @@ type Endpoint struct {
 	receiver Receiver
 	resolve  func(tcpip.Address) [6]byte
 
+	// out, where set, takes the frames that writev would write to fd.
+	out func(iov []unix.Iovec, size int) error
+
 	mu         sync.RWMutex // guards following
 	dispatcher stack.NetworkDispatcher
 
@@ -144,7 +147,7 @@ func (e *Endpoint) Stats() *Stats { return &e.stats }
 // error is ErrGone or another one that will not go away by itself.
 func (e *Endpoint) Receive(max int) (int, error) {
 	for n := 0; n < max; n++ {
-		size, err := e.readFrame()
+		size, err := e.readFrame(e.fd)
 		switch {
 		case err == nil:
 			e.deliver(size)
@@ -169,9 +172,9 @@ func (e *Endpoint) Receive(max int) (int, error) {
 	return max, nil
 }
 
-// readFrame reads one frame into pre, eth and tail and returns the number of
-// bytes behind the virtio-net header.
-func (e *Endpoint) readFrame() (int, error) {
+// readFrame reads one frame of fd into pre, eth and tail and returns the number
+// of bytes behind the virtio-net header.
+func (e *Endpoint) readFrame(fd int) (int, error) {
 	const ethLen = header.EthernetMinimumSize
 	tail := e.tail.AsSlice()
 	iov := [3]unix.Iovec{
@@ -184,7 +187,7 @@ func (e *Endpoint) readFrame() (int, error) {
 		v = iov[1:]
 	}
 	// The descriptor never blocks, so the scheduler need not know of the call.
-	r, _, errno := unix.RawSyscall(unix.SYS_READV, uintptr(e.fd), uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
+	r, _, errno := unix.RawSyscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
 	if errno != 0 {
 		return 0, errno
 	}
@@ -330,6 +333,9 @@ func (e *Endpoint) WriteFrame(h vnet.Header, head, a, b []byte) error {
 // writev sends one frame of size bytes. A frame is atomic in the kernel, so
 // concurrent senders need no lock.
 func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
+	if e.out != nil {
+		return e.out(iov, size)
+	}
 	for tries := 0; ; tries++ {
 		_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(e.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
 		switch errno {
@@ -343,7 +349,7 @@ func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
 			// A packet socket whose send buffer is full of frames
 			// that the guest's kernel is working on. A moment's
 			// patience is cheaper than a retransmission.
-			if tries < 20 && e.waitWritable() {
+			if tries < 20 && waitWritable(e.fd) {
 				continue
 			}
 		}
@@ -352,8 +358,8 @@ func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
 	}
 }
 
-func (e *Endpoint) waitWritable() bool {
-	p := []unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLOUT}}
+func waitWritable(fd int) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
 	_, err := unix.Poll(p, 1)
 	return err == nil || err == unix.EINTR
 }
