@@ -134,6 +134,9 @@ type Config struct {
 	// Publish are ports of the guest that the host listens on before the
 	// network is ready.
 	Publish []Forward
+	// PublishAuto publishes what listens inside, as long as it does. It needs
+	// the namespace, so a TapFile will not do.
+	PublishAuto *AutoPublish
 
 	// Cleanup are files to remove in case this process is killed. They exist.
 	Cleanup []string
@@ -301,7 +304,7 @@ func badConfig(format string, args ...any) error {
 func (c Config) Validate() error {
 	c = c.withDefaults()
 	for _, check := range []func() error{
-		c.checkTarget, c.checkKinds, c.checkInterface, c.checkSubnets, c.checkGuest, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish,
+		c.checkTarget, c.checkKinds, c.checkInterface, c.checkSubnets, c.checkGuest, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish, c.checkPublishAuto,
 	} {
 		if err := check(); err != nil {
 			return err

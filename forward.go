@@ -27,7 +27,8 @@ type Forward struct {
 // ForwardInfo is a Forward that is in effect. Its Host has the port that was
 // chosen.
 type ForwardInfo struct {
-	ID string
+	ID   string
+	Auto bool // published because it listens inside (Config.PublishAuto)
 	Forward
 }
 

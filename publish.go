@@ -77,6 +77,8 @@ type publisher struct {
 	last      int  // number of the last ID
 	prepared  bool // the namespace is, or cannot be
 	stopped   bool
+
+	auto autoTable // of one goroutine at a time
 }
 
 // published is a forward in effect.
@@ -101,6 +103,16 @@ func (p *publisher) addAll(ctx context.Context) error {
 }
 
 func (p *publisher) add(ctx context.Context, f Forward) (ForwardInfo, error) {
+	info, err := p.open(ctx, ForwardInfo{Forward: f})
+	if err == nil || errors.Is(err, ErrConfig) || errors.Is(err, ErrNotRunning) {
+		return info, err
+	}
+	return info, p.explain(f, err)
+}
+
+// open publishes a port. Errors of the system are as they came.
+func (p *publisher) open(ctx context.Context, info ForwardInfo) (ForwardInfo, error) {
+	f := info.Forward
 	in, err := p.inbound(f)
 	if err != nil {
 		return ForwardInfo{}, err
@@ -110,21 +122,21 @@ func (p *publisher) add(ctx context.Context, f Forward) (ForwardInfo, error) {
 	if p.stopped {
 		return ForwardInfo{}, ErrNotRunning
 	}
-	e := published{ForwardInfo: ForwardInfo{Forward: f}}
+	e := published{ForwardInfo: info}
 	if f.HostPath != "" {
 		in.FDs, e.inode, err = listenUnix(f.HostPath)
 	} else {
 		in.FDs, e.Host, err = listen(f)
 	}
 	if err != nil {
-		return ForwardInfo{}, p.explain(f, err)
+		return ForwardInfo{}, err
 	}
 	if f.Protocol == TCP {
 		p.prepare(ctx)
 	}
 	if e.number, err = p.fwd.Publish(ctx, in); err != nil {
 		e.unlink()
-		return ForwardInfo{}, fmt.Errorf("publish %v: %w", f, err)
+		return ForwardInfo{}, err
 	}
 	p.last++
 	e.ID = "f" + strconv.Itoa(p.last)
@@ -328,6 +340,8 @@ func isStale(path string) bool {
 // explain says what to do about a port that cannot be had.
 func (p *publisher) explain(f Forward, err error) error {
 	port := f.Host.Port()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch {
 	case f.HostPath != "" && errors.Is(err, unix.EADDRINUSE):
 		return fmt.Errorf("publish %v: %w: there is such a file: remove it, or choose another path", f, err)

@@ -90,6 +90,10 @@ func (n *Network) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return gw.run(ctx) })
 	g.Go(func() error { return host.run(ctx) })
+	g.Go(func() error {
+		pub.follow(ctx, n.ready)
+		return nil
+	})
 	if at.ns != nil {
 		g.Go(func() error {
 			if at.ns.Watch(ctx) == nil {
@@ -127,6 +131,9 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, gw *gat
 		return err
 	}
 	if err := pub.addAll(ctx); err != nil {
+		return err
+	}
+	if err := pub.lookInside(ctx); err != nil {
 		return err
 	}
 	n.log.Info("ready", "interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,

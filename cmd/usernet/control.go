@@ -199,6 +199,9 @@ func printForwards(w io.Writer, all []control.Forward, asJSON bool) error {
 		if f.Proxy != 0 {
 			guest += fmt.Sprintf(" (PROXY v%d)", f.Proxy)
 		}
+		if f.Auto {
+			guest += " (auto)"
+		}
 		rows[i] = []string{f.ID, f.Protocol, host, guest}
 	}
 	return table(w, "ID\tPROTO\tHOST\tGUEST", rows)

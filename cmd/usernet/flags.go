@@ -63,6 +63,9 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 
 	host.VarP(&publish{&c.Publish}, "publish", "p",
 		"publish a port of the guest on the host, without an address on all of its; port 0 is any free one, told on stdout; SPEC,proxy=v1 or v2 tells the server its client by the PROXY protocol; repeatable")
+	host.Var(&publishAuto{&c.PublishAuto}, "publish-auto",
+		"publish what begins to listen inside, at the same port of the host, until it stops; only these ports, or with ~ all but these: [ADDR:]8000-8999,~8080,5353/udp (default: all)")
+	host.Lookup("publish-auto").NoOptDefVal = "all"
 	host.BoolVar(&c.HostLoopback, "host-loopback", false,
 		"let the guest reach the host's loopback at the gateway's address, and the host's own addresses; off by default")
 	list(host, &c.HostPorts, "host-port", "PORT", port,
@@ -202,6 +205,17 @@ func (p *publish) Set(s string) error {
 
 func (p *publish) String() string { return "" }
 func (p *publish) Type() string   { return "SPEC" }
+
+// publishAuto is the flag for ports to publish as they begin to listen.
+type publishAuto struct{ to **usernet.AutoPublish }
+
+func (p *publishAuto) Set(s string) (err error) {
+	*p.to, err = usernet.ParseAutoPublish(s)
+	return err
+}
+
+func (p *publishAuto) String() string { return "" }
+func (p *publishAuto) Type() string   { return "PORTS" }
 
 // guestAddr is the flag for the guest's address of either family.
 type guestAddr struct {

@@ -176,6 +176,31 @@ func (c *container) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
+// start starts a program there, until the test ends, and waits for its first
+// line.
+func (c *container) start(t *testing.T, line string, args ...string) {
+	t.Helper()
+	cmd := c.command(args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	if got, err := bufio.NewReader(stdout).ReadString('\n'); strings.TrimSpace(got) != line {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		t.Fatalf("%v: %q, %v: %s", args, got, err, stderr.String())
+	}
+}
+
 // hasLink reports whether the container has the interface.
 func (c *container) hasLink(name string) bool {
 	_, err := c.try("ip", "link", "show", "dev", name)

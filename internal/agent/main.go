@@ -111,9 +111,10 @@ const idleAfter = 200
 
 // A server answers the parent's requests, one by one.
 type server struct {
-	net    *network
-	files  []registered
-	inside inside
+	net     *network
+	sockets socketTable
+	files   []registered
+	inside  inside
 }
 
 func newServer() (*server, error) {
@@ -147,11 +148,11 @@ func (s *server) serve() error {
 			s.cleanup()
 			return err
 		}
-		used = true
 		var q request
 		if err := decode(buf[:n], 0, &q); err != nil {
 			return fmt.Errorf("read request: %w", err)
 		}
+		used = q.Op != opListening // that comes again and again, and takes little
 		answer, fds := s.answer(&q)
 		err = send(socketFD, answer, fds)
 		closeFDs(fds)
@@ -247,6 +248,8 @@ func (s *server) answer(q *request) (reply, []int) {
 		err = s.net.setDefaultRoute6(q.On)
 	case q.Op == opCleanup:
 		r.Paths = s.register(q.Paths)
+	case q.Op == opListening:
+		r.Listening, err = s.sockets.listening(q.Addrs)
 	case q.Op == opSockets:
 		var fd int
 		if r.Inside, fd, err = s.inside.open(s.net); err == nil {

@@ -28,6 +28,7 @@ const (
 	opRoute6    = "default-route6"
 	opCleanup   = "cleanup"
 	opSockets   = "sockets"
+	opListening = "listening"
 	opBye       = "bye"
 )
 
@@ -38,16 +39,19 @@ type request struct {
 	On        bool       `json:"on,omitempty"`
 	Paths     []string   `json:"paths,omitempty"`
 	Name      string     `json:"name,omitempty"`
+	// Addrs are of opListening: where clients of the servers come to.
+	Addrs []netip.Addr `json:"addrs,omitempty"`
 }
 
 type reply struct {
-	Error  string        `json:"error,omitempty"`
-	Errno  syscall.Errno `json:"errno,omitempty"`
-	Link   *Link         `json:"link,omitempty"`
-	Status *Status       `json:"status,omitempty"`
-	Inside *Inside       `json:"inside,omitempty"`
-	View   *View         `json:"view,omitempty"`
-	Paths  []string      `json:"paths,omitempty"` // of opCleanup: what the agent cannot remove
+	Error     string        `json:"error,omitempty"`
+	Errno     syscall.Errno `json:"errno,omitempty"`
+	Link      *Link         `json:"link,omitempty"`
+	Status    *Status       `json:"status,omitempty"`
+	Inside    *Inside       `json:"inside,omitempty"`
+	View      *View         `json:"view,omitempty"`
+	Listening *Listening    `json:"listening,omitempty"`
+	Paths     []string      `json:"paths,omitempty"` // of opCleanup: what the agent cannot remove
 }
 
 // LinkKind chooses the device that a namespace gets.

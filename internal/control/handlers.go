@@ -30,6 +30,8 @@ type Forward struct {
 	Guest string `json:"guest"`
 	// Proxy is the version of the PROXY protocol, 0 for none.
 	Proxy int `json:"proxy,omitempty"`
+	// Auto is set for what was published because it listens inside.
+	Auto bool `json:"auto,omitempty"`
 }
 
 // newForward is the body of POST /v1/forwards: a Forward, or a specification as
@@ -153,6 +155,8 @@ func (f *newForward) parse() ([]usernet.Forward, error) {
 		return nil, badRequest("protocol %q: choose one of tcp, udp", f.Protocol)
 	}
 	switch {
+	case f.Auto:
+		return nil, badRequest("auto: it is set for what listens inside, leave it out")
 	case f.ID != "":
 		return nil, badRequest("id: it is chosen here, leave it out")
 	case f.Guest == "":
@@ -189,7 +193,7 @@ func parseAddrPort(name, text string) (netip.AddrPort, error) {
 }
 
 func describeForward(f usernet.ForwardInfo) Forward {
-	out := Forward{ID: f.ID, Protocol: f.Protocol.String(), HostPath: f.HostPath, Guest: writeAddrPort(f.Guest), Proxy: f.Proxy}
+	out := Forward{ID: f.ID, Protocol: f.Protocol.String(), HostPath: f.HostPath, Guest: writeAddrPort(f.Guest), Proxy: f.Proxy, Auto: f.Auto}
 	if f.HostPath == "" {
 		out.Host = writeAddrPort(f.Host)
 	}
