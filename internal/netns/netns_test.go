@@ -402,7 +402,11 @@ func TestWatchContext(t *testing.T) {
 			t.Errorf("%v, want context.Canceled", err)
 		}
 	}
-	if n := runtime.NumGoroutine(); n > goroutines {
+	n := runtime.NumGoroutine()
+	for end := time.Now().Add(5 * time.Second); n > goroutines && time.Now().Before(end); n = runtime.NumGoroutine() {
+		time.Sleep(10 * time.Millisecond) // those of watch itself have yet to return
+	}
+	if n > goroutines {
 		t.Errorf("%d goroutines before, %d after", goroutines, n)
 	}
 }
