@@ -133,8 +133,7 @@ func table(w io.Writer, head string, rows [][]string) error {
 func printJSON(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }
 
 func newForward() *cobra.Command {
-	cmd := &cobra.Command{Use: "forward", Short: "Publish ports of a running network, list them, end them", Args: noArguments, DisableFlagsInUseLine: true,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd := &cobra.Command{Use: "forward COMMAND", Short: "Publish ports of a running network, list them, end them", Args: noArguments, RunE: showHelp, DisableFlagsInUseLine: true}
 	var add, list, remove ask
 	cmd.AddCommand(
 		add.command("add SPEC...", "Publish ports, each SPEC as --publish takes it", atLeastOne("a port, as 8080:80"),
@@ -394,8 +393,7 @@ func fields(w io.Writer, d *json.Decoder, prefix string) error {
 }
 
 func newDNS() *cobra.Command {
-	cmd := &cobra.Command{Use: "dns", Short: "Show and change the names that a running network answers", Args: noArguments, DisableFlagsInUseLine: true,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd := &cobra.Command{Use: "dns COMMAND", Short: "Show and change the names that a running network answers", Args: noArguments, RunE: showHelp, DisableFlagsInUseLine: true}
 	var list, set, remove ask
 	cmd.AddCommand(
 		list.command("list", "List the names", noArguments, func(cmd *cobra.Command, c *control.Client, _ []string) error {

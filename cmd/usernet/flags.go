@@ -113,7 +113,13 @@ func addGroups(cmd *cobra.Command, groups []group) {
 			}
 		})
 	}
-	cmd.SetHelpFunc(func(cmd *cobra.Command, _ []string) { printHelp(cmd, groups) })
+	cmd.SetHelpFunc(func(c *cobra.Command, _ []string) {
+		if c != cmd { // one below, which has no flags of its own
+			printHelp(c, nil)
+			return
+		}
+		printHelp(cmd, groups)
+	})
 }
 
 // choicesKey annotates a flag with the words that a shell may complete.

@@ -9,6 +9,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// showHelp is what a command does that is nothing without one below it.
+func showHelp(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+
 // helpWidth is that of a terminal nobody has resized.
 const helpWidth = 80
 
@@ -50,13 +53,13 @@ func printCommands(w io.Writer, cmd *cobra.Command) {
 	}
 }
 
-// noArguments refuses arguments; to a root command an argument is a command
-// that it does not have.
+// noArguments refuses arguments; to a command that has others below it an
+// argument is one that it does not have.
 func noArguments(cmd *cobra.Command, args []string) error {
 	switch {
 	case len(args) == 0:
 		return nil
-	case cmd.HasParent():
+	case !cmd.HasAvailableSubCommands():
 		return usagef("read arguments: %s takes none, but got %q", cmd.CommandPath(), args[0])
 	}
 	names := make([]string, 0, 8)
@@ -70,5 +73,9 @@ func noArguments(cmd *cobra.Command, args []string) error {
 	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 		hint = fmt.Sprintf("did you mean %q?", near[0])
 	}
-	return usagef("run command %q: there is none of that name: %s", args[0], hint)
+	of := ""
+	if cmd.HasParent() {
+		of = " of " + cmd.CommandPath()
+	}
+	return usagef("run command %q: there is none of that name%s: %s", args[0], of, hint)
 }

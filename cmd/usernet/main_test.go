@@ -28,16 +28,22 @@ func call(t *testing.T, args ...string) (status int, stdout, stderr string) {
 // is said to be.
 func TestHelp(t *testing.T) {
 	for _, tt := range []struct {
-		args []string
-		want []string
+		args     []string
+		want     []string
+		attaches bool // and so has --ready-fd
 	}{
-		{[]string{"--help"}, []string{"--netns", "--host-loopback", "off by default", "--ready-fd", "Exit status", "usernet run"}},
-		{[]string{"run", "--help"}, []string{"--keep-id", "--host-loopback", "off by default", "127", "default warn"}},
-		{[]string{"doctor", "--help"}, []string{"--json", "Exit status"}},
-		{[]string{"version", "--help"}, []string{"--json"}},
-		{[]string{"completion", "--help"}, []string{"bash"}},
-		{[]string{"help"}, []string{"--netns"}},
-		{[]string{"help", "run"}, []string{"--keep-id"}},
+		{[]string{"--help"}, []string{"--netns", "--host-loopback", "off by default", "Exit status", "usernet run"}, true},
+		{[]string{"run", "--help"}, []string{"--keep-id", "--host-loopback", "off by default", "127", "default warn"}, false},
+		{[]string{"doctor", "--help"}, []string{"--json", "Exit status"}, false},
+		{[]string{"version", "--help"}, []string{"--json"}, false},
+		{[]string{"completion", "--help"}, []string{"bash"}, false},
+		{[]string{"completion"}, []string{"bash", "completion SHELL"}, false},
+		{[]string{"completion", "bash", "--help"}, []string{"source"}, false},
+		{[]string{"forward"}, []string{"forward COMMAND", "add"}, false},
+		{[]string{"dns", "--help"}, []string{"dns COMMAND", "set"}, false},
+		{[]string{"flows", "--help"}, []string{"--json"}, false},
+		{[]string{"help"}, []string{"--netns"}, true},
+		{[]string{"help", "run"}, []string{"--keep-id"}, false},
 	} {
 		status, stdout, stderr := call(t, tt.args...)
 		if status != exitOK || stderr != "" {
@@ -47,6 +53,9 @@ func TestHelp(t *testing.T) {
 			if !strings.Contains(strings.Join(strings.Fields(stdout), " "), w) {
 				t.Errorf("usernet %v does not mention %q:\n%s", tt.args, w, stdout)
 			}
+		}
+		if strings.Contains(stdout, "--ready-fd") != tt.attaches {
+			t.Errorf("usernet %v has the wrong flags:\n%s", tt.args, stdout)
 		}
 		for line := range strings.Lines(stdout) {
 			if len(line) > 100 {

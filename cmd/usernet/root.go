@@ -73,7 +73,8 @@ func initCompletion(root *cobra.Command) {
 		if c.Name() != "completion" {
 			continue
 		}
-		c.Args = noArguments
+		c.Use, c.Args, c.RunE = "completion SHELL", noArguments, showHelp
+		c.DisableFlagsInUseLine = true
 		for _, shell := range c.Commands() {
 			shell.Args = noArguments
 		}
