@@ -343,15 +343,20 @@ func ParseHost(s string) (Host, error) {
 	if !ok || name == "" || addr == "" {
 		return Host{}, badConfig("add host %q: not of the form NAME:ADDRESS", s)
 	}
-	if inner, ok := strings.CutPrefix(addr, "["); ok {
-		addr = strings.TrimSuffix(inner, "]")
-	}
-	a, err := netip.ParseAddr(addr)
+	a, err := netip.ParseAddr(unbracket(addr))
 	if err != nil {
 		return Host{}, badConfig("add host %q: %q is not an IP address", s, addr)
 	}
 	h := Host{Name: name, Addr: a.Unmap()}
 	return h, h.check()
+}
+
+// unbracket returns what is in the brackets of s, or s without a pair of them.
+func unbracket(s string) string {
+	if len(s) > 1 && s[0] == '[' && s[len(s)-1] == ']' {
+		return s[1 : len(s)-1]
+	}
+	return s
 }
 
 // ParseResolver parses ADDRESS or ADDRESS:PORT; an IPv6 address with a port is
@@ -360,11 +365,7 @@ func ParseResolver(s string) (netip.AddrPort, error) {
 	const port = 53
 	p, err := netip.ParseAddrPort(s)
 	if err != nil {
-		inner := s
-		if t, ok := strings.CutPrefix(s, "["); ok {
-			inner = strings.TrimSuffix(t, "]")
-		}
-		a, err := netip.ParseAddr(inner)
+		a, err := netip.ParseAddr(unbracket(s))
 		if err != nil {
 			return netip.AddrPort{}, badConfig("ask DNS server %q: not of the form ADDRESS[:PORT], such as 192.0.2.53 or [2001:db8::53]:5353; a name will not do", s)
 		}
