@@ -12,8 +12,12 @@ import (
 	"github.com/usernet/usernet/internal/vnet"
 )
 
-// maxDatagram is the largest UDP payload in an IPv4 packet.
-const maxDatagram = 65535 - header.IPv4MinimumSize - udpLen
+// maxDatagram and maxDatagram6 are the largest UDP payloads in a packet of IPv4,
+// whose length counts the header, and of IPv6, whose does not.
+const (
+	maxDatagram  = 65535 - header.IPv4MinimumSize - udpLen
+	maxDatagram6 = 65535 - udpLen
+)
 
 // defaultTTL is the hop limit of what we send ourselves.
 const defaultTTL = 64
@@ -25,9 +29,9 @@ var errTooLong = errors.New("stack: send: datagram longer than an IP packet can 
 // only the last may be shorter. Datagrams beyond the link's MTU are fragmented.
 func (s *Stack) WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error {
 	mtu := int(s.link.MTU())
-	ipLen := header.IPv4MinimumSize
+	ipLen, most := header.IPv4MinimumSize, maxDatagram
 	if dst.Addr().Is6() {
-		ipLen = header.IPv6MinimumSize
+		ipLen, most = header.IPv6MinimumSize, maxDatagram6
 	}
 	if gso > 0 && len(payload) > gso {
 		if s.cfg.USO && s.vnet && gso+ipLen+udpLen <= mtu && len(payload)+ipLen+udpLen <= 65535 {
@@ -42,7 +46,7 @@ func (s *Stack) WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error
 		}
 		return nil
 	}
-	if len(payload) > maxDatagram {
+	if len(payload) > most {
 		return errTooLong
 	}
 	if len(payload)+ipLen+udpLen <= mtu {
