@@ -42,6 +42,9 @@ func attach(ctx context.Context, c Config) (at *attachment, err error) {
 	if err != nil {
 		return at, err
 	}
+	if at.ns.IsOwn() {
+		return at, fmt.Errorf("attach to %s: it is the namespace that usernet itself is in, whose network would lead back to itself: give that of a container", at.ns.Path())
+	}
 	if at.agent, err = agent.Start(ctx, at.ns, agent.Options{Logger: c.Logger}); err != nil {
 		return at, err
 	}

@@ -308,6 +308,23 @@ func TestLinkAuto(t *testing.T) {
 	}
 }
 
+// TestAttachOwn: usernet does not attach to the namespace that it is in, not
+// even with the right to: its own packets would come back to it.
+func TestAttachOwn(t *testing.T) {
+	rig.NeedUsernet(t)
+	t.Parallel()
+	n := rig.New(t, rig.Options{})
+	before := n.Host.Must(t, "ip", "-br", "link")
+	for _, target := range [][]string{{"--netns", "/proc/self/ns/net"}, {"--pid", itoa(n.Host.PID)}} {
+		a := n.AttachFrom(t, n.Host, nil, rig.AttachOptions{Target: target, NoWait: true})
+		a.WantExit(t, 1, 5*time.Second)
+		a.WantOneLine(t, "itself is in", "container")
+	}
+	if after := n.Host.Must(t, "ip", "-br", "link"); after != before {
+		t.Errorf("interfaces before:\n%s\nand after:\n%s", before, after)
+	}
+}
+
 // TestAttachErrors: what cannot work ends at once, with one line that says why,
 // and leaves nothing behind.
 func TestAttachErrors(t *testing.T) {
@@ -333,7 +350,10 @@ func TestAttachErrors(t *testing.T) {
 		{name: "missing name", code: 1, target: func(*testing.T, *world) []string { return []string{"--netns", "nobody-made-this"} }, words: []string{"nobody-made-this"}},
 		{name: "dead process", code: 1, target: func(t *testing.T, w *world) []string { return []string{"--pid", dead(t, w)} }},
 		{name: "no permission", code: 1, target: func(*testing.T, *world) []string { return []string{"--pid", "1"} }},
-		{name: "no right over the namespace", code: 1, target: func(_ *testing.T, w *world) []string { return []string{"--netns", w.User.NetnsPath()} }},
+		{name: "namespace of an outer user namespace", code: 1, target: func(_ *testing.T, w *world) []string { return []string{"--netns", w.User.NetnsPath()} }, words: []string{"run usernet where"}},
+		{name: "no right over the namespace", code: 1, target: func(_ *testing.T, w *world) []string {
+			return []string{"--netns", fmt.Sprintf("/proc/%d/ns/net", w.Internet.PID)}
+		}, words: []string{"run usernet as"}},
 		{name: "no target", code: 2, target: func(*testing.T, *world) []string { return []string{} }},
 		{name: "two targets", code: 2, flags: []string{"--pid", "1"}},
 		{name: "unknown flag", code: 2, flags: []string{"--no-such-flag"}, words: []string{"no-such-flag"}},

@@ -76,6 +76,12 @@ func (n *Namespace) File() *os.File { return n.net }
 // user namespace already. The file belongs to n.
 func (n *Namespace) Owner() *os.File { return n.owner }
 
+// IsOwn reports whether the calling process is in the namespace itself.
+func (n *Namespace) IsOwn() bool {
+	var own unix.Stat_t
+	return unix.Stat("/proc/self/ns/net", &own) == nil && uint64(own.Dev) == n.dev && own.Ino == n.ino
+}
+
 // OwnerUID returns the user who made the owning user namespace, as the calling
 // process numbers users.
 func (n *Namespace) OwnerUID() int { return int(n.uid) }

@@ -111,6 +111,9 @@ func TestOpen(t *testing.T) {
 		if want := fmt.Sprintf("net:[%d]", ns.Inode()); link != want {
 			t.Errorf("inode: %s, want %s", want, link)
 		}
+		if ns.IsOwn() {
+			t.Errorf("%s is taken for this process's own", path)
+		}
 		if ns.Owner() == nil || ns.OwnerUID() != os.Geteuid() || ns.Path() != path {
 			t.Errorf("%s: owner %v, uid %d", path, ns.Owner(), ns.OwnerUID())
 		}
@@ -129,6 +132,9 @@ func TestOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer own.Close()
+	if !own.IsOwn() {
+		t.Error("this process's own namespace is taken for another")
+	}
 	if own.Owner() != nil {
 		t.Error("this process's own user namespace is not the owner's")
 	}
