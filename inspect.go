@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
@@ -275,6 +276,12 @@ type Stats struct {
 	DHCP4    DHCPStats     `json:"dhcp4"`
 	DHCP6    *DHCPStats    `json:"dhcp6,omitempty"`
 	Forwards int           `json:"forwards"` // published now
+	Process  ProcessStats  `json:"process"`
+}
+
+// ProcessStats tell what serving takes.
+type ProcessStats struct {
+	GoroutinesNow int `json:"goroutines_now"` // a flow has none of its own
 }
 
 // FlowStats count what the guest has begun, and what became of it.
@@ -409,6 +416,7 @@ func (n *Network) Stats() Stats {
 			AcksHeld: link.AcksHeld.Load(), AcksLate: link.AcksSent.Load(),
 		},
 		Forwards: len(n.Forwards()),
+		Process:  ProcessStats{GoroutinesNow: runtime.NumGoroutine()},
 	}
 	if g.dns != nil {
 		d := g.dns.Stats()

@@ -30,6 +30,7 @@ var sections = map[string]string{
 	"dhcp4":    "DHCPv4 messages",
 	"dhcp6":    "DHCPv6 messages",
 	"forwards": "Published ports",
+	"process":  "The process that serves",
 }
 
 // label escapes the value of a label.

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -75,7 +76,7 @@ func TestShortConnections(t *testing.T) {
 		families(t, func(t *testing.T, six bool) {
 			// The first ones make what is then kept: threads, pools.
 			shortConnections(t, w, six, 50)
-			before := rig.UsageOf.On(t, w.Host, a.PID)
+			before := usageOf(t, w, a.PID)
 			shortConnections(t, w, six, 1000)
 			seconds := pick(testing.Short(), 20, 4)
 			if six {
@@ -135,17 +136,40 @@ func perSecond(tenths []int) []int {
 	return seconds
 }
 
-// wantUsage checks that a process gives back what it took.
-func wantUsage(t *testing.T, w *world, pid int, before rig.Usage) {
+// usage is what a process holds, seen from outside and, of usernet, by itself.
+type usage struct {
+	rig.Usage
+	Goroutines int
+}
+
+func usageOf(t *testing.T, w *world, pid int) usage {
 	t.Helper()
-	var after rig.Usage
+	u := usage{Usage: rig.UsageOf.On(t, w.Host, pid)}
+	if w.Name == "usernet" {
+		var stats struct {
+			Process struct {
+				Goroutines int `json:"goroutines_now"`
+			}
+		}
+		if err := json.Unmarshal([]byte(mustCtl(t, w, "stats", "--json")), &stats); err != nil || stats.Process.Goroutines == 0 {
+			t.Errorf("no number of goroutines: %v", err)
+		}
+		u.Goroutines = stats.Process.Goroutines
+	}
+	return u
+}
+
+// wantUsage checks that a process gives back what it took.
+func wantUsage(t *testing.T, w *world, pid int, before usage) {
+	t.Helper()
+	var after usage
 	// The longest timer of a closed connection is below this.
 	back := rig.Poll(20*time.Second, func() bool {
-		after = rig.UsageOf.On(t, w.Host, pid)
-		return after.Files <= before.Files+8
+		after = usageOf(t, w, pid)
+		return after.Files <= before.Files+8 && after.Goroutines <= before.Goroutines+8
 	})
 	if !back {
-		t.Errorf("%d files open, %d before", after.Files, before.Files)
+		t.Errorf("%d files open and %d goroutines, %d and %d before", after.Files, after.Goroutines, before.Files, before.Goroutines)
 	}
 	if after.Threads > before.Threads+24 {
 		t.Errorf("%d threads, %d before", after.Threads, before.Threads)
