@@ -36,8 +36,6 @@ test=(
 	rootlesskit
 	slirp4netns
 	socat
-	strace
-	tcpdump
 	uidmap
 	wrk
 )
