@@ -70,6 +70,9 @@ func attach(ctx context.Context, c Config) (at *attachment, err error) {
 	if c.Configure == ConfigureKeep {
 		at.link.MTU = c.MTU // which the interface has yet to get
 	}
+	if at.link.NoTAP != "" {
+		c.Logger.Info("a veth pair takes the place of a TAP", "why", at.link.NoTAP)
+	}
 	for _, w := range at.link.Warnings {
 		c.Logger.Warn(w)
 	}

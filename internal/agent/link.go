@@ -57,7 +57,7 @@ func (n *network) openKind(spec LinkSpec) (Link, error) {
 		if vethErr != nil {
 			return Link{}, fmt.Errorf("%w; nor a veth pair: %w", err, vethErr)
 		}
-		link.Warnings = append([]string{err.Error()}, link.Warnings...)
+		link.NoTAP = err.Error()
 		return link, nil
 	}
 	return Link{}, fmt.Errorf("unknown kind of link %q: there are tap and veth", spec.Kind)

@@ -88,7 +88,9 @@ type Link struct {
 	// Buffer is the receive buffer of a veth link's socket in bytes, as the kernel
 	// counts. What overflows it is lost, where a TAP would queue it.
 	Buffer int `json:"buffer,omitempty"`
-	// Warnings tell what is not as asked for, or why Kind is not a TAP.
+	// NoTAP says why Auto has become Veth, which is as good.
+	NoTAP string `json:"no_tap,omitempty"`
+	// Warnings tell what is not as asked for.
 	Warnings []string `json:"warnings,omitempty"`
 }
 
