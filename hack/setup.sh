@@ -22,6 +22,7 @@ demo=(
 test=(
 	gcc libc6-dev   # the race detector
 	busybox-static
+	containernetworking-plugins # beside usernet as a CNI plugin
 	conmon crun podman # a client of slirp4netns, as is rootlesskit
 	dnsperf
 	ethtool

@@ -83,9 +83,6 @@ func (a *ask) find(cmd *cobra.Command) (*control.Client, error) {
 
 // ofNamespace finds the network of a namespace by its default socket.
 func (a *ask) ofNamespace() (*control.Client, error) {
-	if control.DefaultDir() == "" {
-		return nil, fmt.Errorf("find network: %s", runtimeDirHint())
-	}
 	var (
 		ns  *netns.Namespace
 		err error
@@ -99,6 +96,16 @@ func (a *ask) ofNamespace() (*control.Client, error) {
 		return nil, fmt.Errorf("find network: %w", err)
 	}
 	defer ns.Close()
+	switch started := cniSockets(ns.Inode()); len(started) {
+	case 0:
+	case 1:
+		return control.NewClient(started[0]), nil
+	default:
+		return nil, usagef("choose network: that namespace has %d: give --api-socket with one of %s", len(started), strings.Join(started, ", "))
+	}
+	if control.DefaultDir() == "" {
+		return nil, fmt.Errorf("find network: %s", runtimeDirHint())
+	}
 	path := control.DefaultPath(ns.Inode())
 	if unix.Access(path, unix.F_OK) != nil {
 		return nil, fmt.Errorf("find network: no usernet of this user serves that namespace with its control socket at %s: start one, or give --api-socket PATH", path)

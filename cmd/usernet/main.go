@@ -18,6 +18,9 @@ import (
 func main() {
 	usernet.AgentMain()
 	spacesMain()
+	if isCNI(os.Args) {
+		os.Exit(runCNI(context.Background()))
+	}
 	os.Exit(run(context.Background(), os.Args, os.Stdin, os.Stdout, os.Stderr))
 }
 

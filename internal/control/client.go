@@ -39,13 +39,16 @@ func NewClient(path string) *Client {
 	return &Client{path, &http.Client{Timeout: clientTime, Transport: &http.Transport{DialContext: dial, DisableCompression: true}}}
 }
 
-// Live lists the sockets in the default directory that somebody listens on.
+// Live lists the sockets in the default directory, and in that of the CNI plugin
+// below it, that somebody listens on.
 func Live() []string {
 	dir := DefaultDir()
 	if dir == "" {
 		return nil
 	}
 	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock"))
+	plugin, _ := filepath.Glob(filepath.Join(dir, "cni", "*.sock"))
+	paths = append(paths, plugin...)
 	return slices.DeleteFunc(paths, func(path string) bool {
 		c, err := net.DialTimeout("unix", path, time.Second)
 		if err != nil {
