@@ -7,11 +7,9 @@ import (
 	"net"
 	"net/netip"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
-// maxForged is how many wrong answers an attempt takes until TCP is safer.
+// maxForged is how many wrong answers are taken until TCP is safer.
 const maxForged = 256
 
 // errSilent is why an upstream rests that did not answer.
@@ -27,7 +25,6 @@ type attempt struct {
 	transport transport
 	started   time.Duration
 	id        uint16
-	forged    int
 	open      bool
 
 	sock   *socket            // its UDP socket, nil: none
@@ -52,10 +49,7 @@ func (f *flight) askLocked(up *upstream, now time.Duration) bool {
 	}
 	*a = attempt{f: f, up: up, transport: f.transport, started: now, id: s.ids.next()}
 	if f.transport == overUDP && s.dial == nil {
-		// On the stack unless it is a large one.
-		var buf [576]byte
-		msg := append(append(buf[:0], byte(a.id>>8), byte(a.id)), f.ask...)
-		if err := s.sockets.send(a, msg, s.bind); err != nil {
+		if err := s.sockets.send(a, s.bind); err != nil {
 			f.failLocked(a, err, now)
 			return false
 		}
@@ -76,8 +70,7 @@ func (f *flight) goLocked(a *attempt) {
 	f.s.tasks.Go(func() { a.converse(ctx) })
 }
 
-// endLocked ends a's waiting. Good means that its socket has nothing more to
-// say.
+// endLocked ends a's waiting. Good means that its answer has come.
 func (f *flight) endLocked(a *attempt, good bool) {
 	a.open = false
 	f.pending--
@@ -90,34 +83,43 @@ func (f *flight) endLocked(a *attempt, good bool) {
 	}
 }
 
-// receive reads what came on a's socket, using buf.
-func (a *attempt) receive(buf []byte) {
+// receive takes msg, which came on sock under a's id, and reports whether it is
+// a's answer.
+func (a *attempt) receive(sock *socket, msg []byte) bool {
 	f := a.f
 	f.mu.Lock()
 	defer f.unlock()
-	// A bounded number, so that a flood on one socket does not keep others
-	// waiting; the rest is reported again.
-	for range 32 {
-		if !a.open || a.sock == nil {
-			return
-		}
-		n, err := unix.Read(a.sock.fd, buf)
-		switch {
-		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
-			return
-		case err != nil:
-			now := f.s.now()
-			f.failLocked(a, err, now)
-			f.nextLocked(now)
-			return
-		case f.matches(a, buf[:n]):
-			f.replyLocked(a, buf[:n], f.s.now())
-			return
-		}
-		if a.forged++; a.forged >= maxForged {
-			f.suspectLocked(a)
-			return
-		}
+	if !a.open || a.sock != sock {
+		return true // it may well have been
+	}
+	if !matches(msg, f.ask, f.end, a.id) {
+		return false
+	}
+	f.replyLocked(a, msg, f.s.now())
+	return true
+}
+
+// fail takes an error of sock, if that is a's.
+func (a *attempt) fail(sock *socket, err error) {
+	f := a.f
+	f.mu.Lock()
+	defer f.unlock()
+	if !a.open || a.sock != sock {
+		return
+	}
+	now := f.s.now()
+	f.failLocked(a, err, now)
+	f.nextLocked(now)
+}
+
+// suspect has a's question asked over TCP if it was asked by sock, whose port
+// somebody seems to know.
+func (a *attempt) suspect(sock *socket) {
+	f := a.f
+	f.mu.Lock()
+	defer f.unlock()
+	if a.open && a.sock == sock {
+		f.suspectLocked(a)
 	}
 }
 
@@ -139,9 +141,8 @@ func (f *flight) nextLocked(now time.Duration) {
 	f.settleLocked(now)
 }
 
-// suspectLocked gives up UDP for a, whose port somebody seems to know, and
-// asks the same upstream over TCP, where port and id are not all there is to
-// be guessed.
+// suspectLocked gives up UDP for a and asks the same upstream over TCP, where
+// port and id are not all there is to be guessed.
 func (f *flight) suspectLocked(a *attempt) {
 	f.endLocked(a, false)
 	if f.done {

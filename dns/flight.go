@@ -266,7 +266,7 @@ func (f *flight) replyLocked(a *attempt, msg []byte, now time.Duration) {
 	if !a.open {
 		return
 	}
-	f.endLocked(a, a.forged == 0)
+	f.endLocked(a, true)
 	f.s.up(a.up, f.transport, now)
 	if f.done {
 		return

@@ -93,7 +93,7 @@ func New(cfg Config) (*Server, error) {
 // then returns its error. It can be called once.
 func (s *Server) Run(parent context.Context) error {
 	defer s.closeConns()
-	if err := s.sockets.open(); err != nil {
+	if err := s.sockets.start(s); err != nil {
 		return fmt.Errorf("dns: %w", err)
 	}
 	ctx, cancel := context.WithCancelCause(parent)
@@ -156,8 +156,10 @@ func (s *Server) closeConns() {
 func (s *Server) abort() {
 	var all []*flight
 	s.sockets.mu.Lock()
-	for _, a := range s.sockets.waiting {
-		all = append(all, a.f) // lingering
+	for _, sock := range s.sockets.all {
+		for _, a := range sock.open {
+			all = append(all, a.f) // lingering
+		}
 	}
 	s.sockets.mu.Unlock()
 	for _, f := range append(all, s.flights.all()...) {

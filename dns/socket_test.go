@@ -51,7 +51,7 @@ func TestSocketsAreReused(t *testing.T) {
 	t.Logf("%d sockets were made for %d queries", made, n)
 	eventually(t, func() error {
 		s.sockets.mu.Lock()
-		idle, waiting := len(s.sockets.idle), len(s.sockets.waiting)
+		idle, waiting := len(s.sockets.idle), len(s.sockets.all)-len(s.sockets.idle)
 		s.sockets.mu.Unlock()
 		if files := openFiles(t) - files; idle+waiting > 0 || files > 0 {
 			return fmt.Errorf("%d sockets idle, %d waiting, %d files more than before", idle, waiting, files)

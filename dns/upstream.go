@@ -37,6 +37,7 @@ func (t transport) String() string {
 type upstream struct {
 	addr   netip.AddrPort
 	health [transports]health
+	latest *socket // the last one that got a port; guarded by sockets.mu
 }
 
 // health remembers failures. It reads no clock: now comes in.
