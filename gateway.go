@@ -147,6 +147,7 @@ func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbou
 			return nil
 		},
 		Bind:      func(fd int, u netip.AddrPort) error { return outbound.Prepare(fd, u.Addr()) },
+		Watch:     g.fwd.Watch,
 		NoPrivate: c.NoPrivateDNS,
 	}
 	if len(c.AllowNames) > 0 {

@@ -14,7 +14,9 @@ type Config struct {
 	// PacketConns and Listeners are where guests ask. Run owns them and
 	// closes them when it ends. Conns with the methods
 	// ReadFromUDPAddrPort and WriteToUDPAddrPort of net.UDPConn save an
-	// allocation per message.
+	// allocation per message; those with a method
+	// Handle(func(b []byte, from netip.AddrPort)) besides, which has its
+	// argument called for each message, a goroutine's awakening.
 	PacketConns []net.PacketConn
 	Listeners   []net.Listener
 
@@ -55,6 +57,13 @@ type Config struct {
 	// "udp" or "tcp", and Bind is not used. It costs about twice as much
 	// per query as the Server's own way.
 	Dial func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error)
+
+	// Watch, if not nil, has ready called whenever fd, which is the Server's,
+	// is readable, by one goroutine at a time, until stop is called; when
+	// that returns no call is under way. So the goroutine that moves the
+	// guests' traffic can take answers in too, without waking another. Nil
+	// means that the Server waits itself.
+	Watch func(fd int, ready func()) (stop func(), err error)
 
 	// MaxInFlight is how many queries may wait for upstreams; what exceeds
 	// it is answered SERVFAIL. 0 means 512.

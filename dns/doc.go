@@ -5,9 +5,11 @@
 // A query is answered where it was read, by the goroutine that read it, if a
 // local record or the cache has the answer: no hand-over, no allocation. What
 // neither has becomes a flight, which asks the upstreams: first one, then,
-// while it stays silent, the next beside it. Each question leaves from a UDP
-// port of its own, and one event loop watches them all through an epoll
-// descriptor, so a miss costs no goroutine.
+// while it stays silent, the next beside it. A question leaves from a random
+// UDP port, which it shares only with others asked at the same time, and one
+// event loop watches them all through an epoll descriptor, so a miss costs no
+// goroutine. Where the conns and the configuration allow, the reader and that
+// loop are both the goroutine that moves the guests' other traffic.
 //
 //	guest conn ─► reader ─► parse ─► local records ─┐
 //	                          │      cache ─────────┼─► answer

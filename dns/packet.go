@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"time"
 )
 
@@ -25,6 +26,13 @@ type client struct {
 type addrPortConn interface {
 	ReadFromUDPAddrPort(b []byte) (n int, addr netip.AddrPort, err error)
 	WriteToUDPAddrPort(b []byte, addr netip.AddrPort) (int, error)
+}
+
+// handlerConn is what a conn has that can hand over datagrams where it receives
+// them: no goroutine has to wake for a query. The handler is called by one
+// goroutine at a time.
+type handlerConn interface {
+	Handle(f func(b []byte, from netip.AddrPort))
 }
 
 // send sends msg under the client's id. It keeps nothing of it.
@@ -46,6 +54,10 @@ func (c *client) send(msg []byte) {
 func (s *Server) servePackets(ctx context.Context, conn net.PacketConn) error {
 	c := client{conn: conn}
 	c.fast, _ = conn.(addrPortConn)
+	if h, ok := conn.(handlerConn); ok && c.fast != nil {
+		s.handlePackets(ctx, h, c)
+		return nil
+	}
 	buf := make([]byte, maxMessage)
 	w := &scratch{out: make([]byte, 0, maxMessage)}
 	var wait backoff
@@ -72,6 +84,29 @@ func (s *Server) servePackets(ctx context.Context, conn net.PacketConn) error {
 		}
 		s.handle(buf[:n], c, overUDP, w)
 	}
+}
+
+// handlePackets answers the datagrams that conn hands over until ctx is done.
+func (s *Server) handlePackets(ctx context.Context, conn handlerConn, c client) {
+	var mu sync.Mutex // guards ended
+	ended := false
+	w := &scratch{out: make([]byte, 0, maxMessage)}
+	conn.Handle(func(b []byte, from netip.AddrPort) {
+		mu.Lock()
+		defer mu.Unlock()
+		if ended {
+			return
+		}
+		c.from = from
+		if len(b) >= 2 {
+			c.id = binary.BigEndian.Uint16(b)
+		}
+		s.handle(b, c, overUDP, w)
+	})
+	<-ctx.Done()
+	mu.Lock()
+	defer mu.Unlock()
+	ended = true
 }
 
 // backoff keeps an error that stays from making a loop spin, and gives up

@@ -102,7 +102,11 @@ func (s *Server) Run(parent context.Context) error {
 	s.ctx, stop = context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var engine, readers sync.WaitGroup
-	engine.Go(s.sockets.run)
+	unwatch := s.watchSockets()
+	if unwatch == nil {
+		unwatch = func() {}
+		engine.Go(s.sockets.run)
+	}
 	readers.Go(func() { s.followResolvConf(ctx) })
 	for _, c := range s.cfg.PacketConns {
 		readers.Go(func() { cancel(s.servePackets(ctx, c)) })
@@ -118,12 +122,26 @@ func (s *Server) Run(parent context.Context) error {
 	readers.Wait()
 	s.abort() // what came in between
 	s.tasks.Wait()
+	unwatch()
 	s.sockets.close()
 	engine.Wait()
 	if parent.Err() != nil {
 		return nil
 	}
 	return context.Cause(ctx)
+}
+
+// watchSockets has somebody else wait for answers, nil if nobody does.
+func (s *Server) watchSockets() (stop func()) {
+	if s.cfg.Watch == nil {
+		return nil
+	}
+	stop, err := s.cfg.Watch(s.sockets.fd, func() { s.sockets.poll() })
+	if err != nil {
+		s.log.Debug("waiting for answers alone", "err", err) // the other is at its end
+		return nil
+	}
+	return stop
 }
 
 // control runs the Bind hook for sockets of the net package.

@@ -122,7 +122,7 @@ type Forwarder struct {
 	stats  Stats
 
 	poll *poller
-	wake *waker
+	wake waker
 	spin spinner
 
 	linkReady bool
@@ -183,10 +183,7 @@ func New(cfg Config) (*Forwarder, error) {
 	if f.poll, err = newPoller(); err != nil {
 		return nil, err
 	}
-	if f.wake, err = newWaker(); err != nil {
-		f.poll.close()
-		return nil, err
-	}
+	f.wake.poll = f.poll
 	cfg.Link.NotifyHeld(f.wake.wake)
 	f.tcp.init(f)
 	f.udp.init(f)
@@ -207,9 +204,6 @@ func (l linkEvents) ready(uint32) { l.f.linkReady = true }
 // sockets before it returns, but not the link.
 func (f *Forwarder) Run(ctx context.Context) error {
 	defer f.close()
-	if _, err := f.poll.add(f.wake.fd, unix.EPOLLIN, f.wake); err != nil {
-		return err
-	}
 	if _, err := f.poll.add(f.cfg.Link.FD(), unix.EPOLLIN, linkEvents{f}); err != nil {
 		return fmt.Errorf("forwarder: watch link: %w", err)
 	}
@@ -247,27 +241,26 @@ func (f *Forwarder) turn(ctx context.Context) error {
 	}
 	f.takeQueue()
 	if f.runFlows() || worked {
-		f.poll.wait(false, 0)
+		f.poll.wait()
 		return nil
 	}
-	if f.poll.wait(false, 0) > 0 {
+	if f.spin.due() && (f.poll.wait() > 0 || f.spinUntilEvent()) {
 		return nil
 	}
-	runtime.Gosched()
-	if f.spin.due() && f.spinUntilEvent() {
-		return nil
+	until := f.nextSweep
+	if f.cfg.Link.Held() {
+		until = f.now.Add(heldTimeout)
 	}
+	// Before sleeping is set: wake has the last word about the time.
+	f.poll.arm(until)
 	f.wake.sleeping.Store(true)
 	if f.queueLen() == 0 && ctx.Err() == nil {
-		timeout := int(f.nextSweep.Sub(f.now)/time.Millisecond) + 1
-		if f.cfg.Link.Held() {
-			timeout = heldTimeout
-		}
 		if f.cfg.Clock != nil {
 			f.cfg.Clock.ResumeClock()
 		}
-		f.poll.wait(true, timeout)
-		f.spin.woken(time.Since(f.now))
+		if f.poll.sleep() {
+			f.spin.woken(time.Since(f.now))
+		}
 	}
 	f.wake.sleeping.Store(false)
 	return nil
@@ -282,9 +275,9 @@ func (f *Forwarder) setTime() {
 }
 
 const (
-	// heldTimeout is how long the engine sleeps, in milliseconds, while the
-	// link keeps acknowledgements back.
-	heldTimeout = 2
+	// heldTimeout is how long the engine sleeps while the link keeps
+	// acknowledgements back.
+	heldTimeout = 2 * time.Millisecond
 	// turnBudget is how many bytes all flows together may move before the
 	// link is looked at again: acknowledgements wait there, and without
 	// them netstack takes its segments for lost.
@@ -395,7 +388,6 @@ func (f *Forwarder) close() {
 	f.udp.close()
 	f.echo.close()
 	f.inbound.close()
-	f.wake.close()
 	f.poll.close()
 }
 

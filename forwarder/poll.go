@@ -1,8 +1,12 @@
 package forwarder
 
 import (
+	"context"
 	"fmt"
+	"os"
 	"sync/atomic"
+	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -14,10 +18,35 @@ type pollee interface {
 	ready(events uint32)
 }
 
+// watched is a function that is called for a descriptor that is ready.
+type watched func()
+
+// ready implements pollee.
+func (w watched) ready(uint32) { w() }
+
+// Watch has the engine call ready whenever fd is readable, until stop is called.
+// ready must not block, and not call Do. Once stop has returned no call is
+// under way; it need not be called after the end of Run.
+func (f *Forwarder) Watch(fd int, ready func()) (stop func(), err error) {
+	var slot int32
+	if cerr := f.Do(context.Background(), func() { slot, err = f.poll.add(fd, unix.EPOLLIN, watched(ready)) }); cerr != nil {
+		return nil, fmt.Errorf("forwarder: watch descriptor: %w", cerr)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func() { f.Do(context.Background(), func() { f.poll.release(slot, fd) }) }, nil
+}
+
 // poller maps epoll events to their owners. A slot's generation tells a late
 // event of a closed descriptor from one of its successor.
 type poller struct {
 	fd     int
+	file   *os.File // the same, as the runtime's poller knows it
+	raw    syscall.RawConn
+	look   func(fd uintptr) bool
+	armed  time.Time // when sleep ends by itself; zero: not known
+	looks  int       // during the present sleep
 	events [128]unix.EpollEvent
 	slots  []slot
 	free   []int32
@@ -33,7 +62,20 @@ func newPoller() (*poller, error) {
 	if err != nil {
 		return nil, fmt.Errorf("forwarder: create epoll: %w", err)
 	}
-	return &poller{fd: fd}, nil
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("forwarder: prepare epoll: %w", err)
+	}
+	p := &poller{fd: fd, file: os.NewFile(uintptr(fd), "forwarder epoll")}
+	if p.raw, err = p.file.SyscallConn(); err == nil {
+		err = p.file.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		p.file.Close()
+		return nil, fmt.Errorf("forwarder: watch epoll: %w", err)
+	}
+	p.look = func(uintptr) bool { p.looks++; return p.wait() > 0 }
+	return p, nil
 }
 
 // add watches fd and returns the slot to give back with remove.
@@ -70,20 +112,12 @@ func (p *poller) release(i int32, fd int) {
 	p.remove(i)
 }
 
-// wait dispatches pending events. With block it waits up to timeout
-// milliseconds (-1 for ever) for the first. It returns the number of events.
-func (p *poller) wait(block bool, timeout int) int {
-	var n int
-	if block {
-		var err error
-		if n, err = unix.EpollWait(p.fd, p.events[:], timeout); err != nil {
-			n = 0 // EINTR: the loop comes back
-		}
-	} else {
-		r, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
-		if errno == 0 {
-			n = int(r)
-		}
+// wait dispatches pending events and returns how many there were.
+func (p *poller) wait() int {
+	r, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
+	n := int(r)
+	if errno != 0 {
+		n = 0 // EINTR: the loop comes back
 	}
 	for i := range p.events[:n] {
 		ev := &p.events[i]
@@ -95,7 +129,34 @@ func (p *poller) wait(block bool, timeout int) int {
 	return n
 }
 
-func (p *poller) close() { unix.Close(p.fd) }
+// arm has the next sleep end at t at the latest. Earlier is allowed, so that the
+// timer is not set again for each.
+func (p *poller) arm(t time.Time) {
+	if p.armed.IsZero() || t.Before(p.armed) {
+		p.file.SetReadDeadline(t)
+		p.armed = t
+	}
+}
+
+// sleep dispatches events, and waits for the first until the time set with arm
+// or for wake; it reports whether it had to. The goroutine is parked: a system
+// call that blocks would keep its P until the runtime's monitor takes that away,
+// which costs other goroutines time and the monitor its rest.
+func (p *poller) sleep() bool {
+	p.looks = 0
+	err := p.raw.Read(p.look)
+	if err != nil {
+		p.armed = time.Time{}
+	}
+	return err != nil || p.looks > 1
+}
+
+// wake ends sleep, the present or the next one. It is for other goroutines.
+func (p *poller) wake() { p.file.SetReadDeadline(past) }
+
+var past = time.Unix(1, 0)
+
+func (p *poller) close() { p.file.Close() }
 
 func epollCtl(epfd, op, fd int, ev *unix.EpollEvent) error {
 	_, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(epfd), uintptr(op), uintptr(fd), uintptr(unsafe.Pointer(ev)), 0, 0)
@@ -105,32 +166,15 @@ func epollCtl(epfd, op, fd int, ev *unix.EpollEvent) error {
 	return nil
 }
 
-// waker ends a blocking wait from another goroutine.
+// waker has the engine look at its queue.
 type waker struct {
-	fd       int
+	poll     *poller
 	sleeping atomic.Bool
-}
-
-func newWaker() (*waker, error) {
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("forwarder: create eventfd: %w", err)
-	}
-	return &waker{fd: fd}, nil
 }
 
 // wake makes the engine look at its queue if it sleeps.
 func (w *waker) wake() {
 	if w.sleeping.Load() && w.sleeping.CompareAndSwap(true, false) {
-		one := [8]byte{0: 1}
-		unix.RawSyscall(unix.SYS_WRITE, uintptr(w.fd), uintptr(unsafe.Pointer(&one)), 8)
+		w.poll.wake()
 	}
 }
-
-// ready implements pollee.
-func (w *waker) ready(uint32) {
-	var b [8]byte
-	unix.RawSyscall(unix.SYS_READ, uintptr(w.fd), uintptr(unsafe.Pointer(&b)), 8)
-}
-
-func (w *waker) close() { unix.Close(w.fd) }

@@ -55,7 +55,7 @@ func (s *spinner) spun(found bool) {
 func (f *Forwarder) spinUntilEvent() (found bool) {
 	for start := time.Now(); !found && time.Since(start) < spinTime; {
 		runtime.Gosched()
-		found = f.poll.wait(false, 0) > 0 || f.queueLen() > 0
+		found = f.poll.wait() > 0 || f.queueLen() > 0
 	}
 	f.spin.spun(found)
 	return found

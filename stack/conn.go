@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -112,9 +113,15 @@ func (q *queue) SetWriteDeadline(time.Time) error { return nil } // writes never
 // packetConn is a UDP conn on one of our addresses.
 type packetConn struct {
 	queue
-	s     *Stack
-	local netip.AddrPort
+	s       *Stack
+	local   netip.AddrPort
+	handler atomic.Pointer[func([]byte, netip.AddrPort)]
+	joined  []byte // a datagram for handler that came in two pieces
 }
+
+// Handle has f called with every datagram from now on, where it is received,
+// and ReadFrom find none. f must not block, and must not keep the slice.
+func (c *packetConn) Handle(f func(b []byte, from netip.AddrPort)) { c.handler.Store(&f) }
 
 // ListenPacket returns a conn for the datagrams that the guest sends to addr.
 // The unspecified IPv4 address receives what is broadcast, besides what is sent
@@ -157,6 +164,14 @@ func (s *Stack) connFor(dst netip.AddrPort) *packetConn {
 }
 
 func (c *packetConn) deliver(from netip.AddrPort, head, tail []byte) {
+	if f := c.handler.Load(); f != nil {
+		if len(tail) > 0 {
+			c.joined = append(append(c.joined[:0], head...), tail...)
+			head = c.joined
+		}
+		(*f)(head, from)
+		return
+	}
 	if !c.put(from, head, tail) {
 		c.s.stats.QueueDropped.Add(1)
 	}
