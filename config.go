@@ -19,6 +19,9 @@ const (
 	DefaultMTU = MaxMTU
 
 	minMTU6 = 1280 // RFC 8200 section 5
+
+	minMTU4   = 68    // RFC 791 section 3.2, the least that IPv4 works with
+	maxMTUTap = 65521 // the most that the kernel lets a TAP have
 )
 
 // DefaultIfname is the name of the interface inside.
@@ -123,8 +126,10 @@ type Config struct {
 	NoPrivateDNS bool
 	// NoGuard opens what is closed without a rule, but for the loopback: link-local
 	// addresses, those where clouds serve credentials, and the host's own. It
-	// also lets the subnets be any, and has the guest told that a network that
-	// it may not reach cannot be reached. NoDNS is silence then, no refusal.
+	// also lets the subnets be any, and the MTU what a TAP can have, and has the
+	// guest told that a network that it may not reach cannot be reached. NoDNS
+	// is silence then, no refusal, and OutboundAddr holds for the host's
+	// loopback, too.
 	NoGuard bool
 
 	OutboundAddr      netip.Addr // source of IPv4 host sockets

@@ -65,9 +65,11 @@ func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 	g.policy = policy
 	h.onLocal(policy.SetLocal)
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
+	toHost := outbound
+	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: end, Guest: guest{g.stack}, Policy: policy,
-		Clock: g.stack, Outbound: outbound, Reverse: servers(c.Reverse), Logger: c.Logger,
+		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()

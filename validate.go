@@ -76,8 +76,12 @@ func (c Config) checkInterface() error {
 	if c.Ifname == "lo" {
 		return badConfig("name interface %q: every namespace has one of that name: choose another", c.Ifname)
 	}
-	if c.MTU < MinMTU || c.MTU > MaxMTU {
-		return badConfig("set MTU %d: choose one from %d to %d", c.MTU, MinMTU, MaxMTU)
+	least, most := MinMTU, MaxMTU
+	if c.NoGuard {
+		least, most = minMTU4, maxMTUTap
+	}
+	if c.MTU < least || c.MTU > most {
+		return badConfig("set MTU %d: choose one from %d to %d", c.MTU, least, most)
 	}
 	if c.IPv6 == IPv6On && c.MTU < minMTU6 {
 		return badConfig("set MTU %d: IPv6 needs %d or more: raise it, or switch IPv6 off", c.MTU, minMTU6)

@@ -182,7 +182,7 @@ func (t *echoTable) close() {
 
 // unreachable tells the guest why its echo request went nowhere.
 func (t *echoTable) unreachable(src, dst netip.Addr, id, seq uint16, errno unix.Errno) {
-	if typ, code, ok := icmpFor(dst, errno); ok {
+	if typ, code, ok := t.f.icmpFor(dst, errno); ok {
 		t.icmp(ICMPError{Type: typ, Code: code}, src, dst, id, seq)
 	}
 }

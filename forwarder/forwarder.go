@@ -391,6 +391,15 @@ func (f *Forwarder) close() {
 	f.poll.close()
 }
 
+// icmpFor is the function of that name, where the policy has a say in what a
+// guest is told about what the host itself may not reach.
+func (f *Forwarder) icmpFor(dst netip.Addr, errno unix.Errno) (typ, code uint8, ok bool) {
+	if errno == unix.EACCES || errno == unix.EPERM {
+		errno = f.policy.refusal()
+	}
+	return icmpFor(dst, errno)
+}
+
 // icmpFor returns the type and code that tell a guest of dst's family what
 // errno told us, and false where nothing is told: no answer stays no answer.
 func icmpFor(dst netip.Addr, errno unix.Errno) (typ, code uint8, ok bool) {
@@ -402,7 +411,8 @@ func icmpFor(dst netip.Addr, errno unix.Errno) (typ, code uint8, ok bool) {
 	)
 	var kind int
 	switch errno {
-	case unix.ENETUNREACH, unix.ENETDOWN, unix.EAFNOSUPPORT, unix.EADDRNOTAVAIL:
+	case unix.ENETUNREACH, unix.ENETDOWN, unix.EAFNOSUPPORT, unix.EADDRNOTAVAIL,
+		unix.EINVAL: // a blackhole of the host's routing
 		kind = noRoute
 	case unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ENODEV:
 		kind = noHost

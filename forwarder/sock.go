@@ -14,15 +14,18 @@ type Outbound struct {
 	Addr4, Addr6 netip.Addr
 	// Interface is a device that host sockets are bound to.
 	Interface string
+	// Loopback has the addresses hold towards the host's loopback, too.
+	Loopback bool
 }
 
 // Prepare applies o to a new socket that will reach dst. The host's loopback
-// has its own source and device.
+// has its own device, and its own source unless o says otherwise.
 func (o *Outbound) Prepare(fd int, dst netip.Addr) error {
-	if dst.IsLoopback() {
+	lo := dst.IsLoopback()
+	if lo && !o.Loopback {
 		return nil
 	}
-	if o.Interface != "" {
+	if o.Interface != "" && !lo {
 		if err := unix.BindToDevice(fd, o.Interface); err != nil {
 			return err
 		}

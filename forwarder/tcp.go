@@ -251,7 +251,7 @@ func (t *tcpTable) refuse(id stack.TransportEndpointID, syn *stack.PacketBuffer,
 		return false
 	}
 	remote := addrOf(id.LocalAddress)
-	typ, code, ok := icmpFor(remote, errno)
+	typ, code, ok := t.f.icmpFor(remote, errno)
 	if !ok {
 		return false
 	}

@@ -205,7 +205,7 @@ func (t *udpTable) close() {
 
 // unreachable tells the guest why a datagram of n bytes went nowhere.
 func (t *udpTable) unreachable(src, dst netip.AddrPort, errno unix.Errno, n int) {
-	if typ, code, ok := icmpFor(dst.Addr(), errno); ok {
+	if typ, code, ok := t.f.icmpFor(dst.Addr(), errno); ok {
 		t.icmp(ICMPError{Type: typ, Code: code}, src, dst, n)
 	}
 }

@@ -181,7 +181,7 @@ func (s *Stack) configure() error {
 	addrs := []netip.Addr{s.cfg.Gateway4, s.cfg.DNS4}
 	if s.ipv6() {
 		s.cfg.Prefix6 = s.cfg.Prefix6.Masked()
-		s.linkLocal = linkLocal(s.cfg.GatewayMAC)
+		s.linkLocal = linkLocal(s.cfg.Gateway6)
 		addrs = append(addrs, s.cfg.Gateway6, s.cfg.DNS6, s.linkLocal)
 	}
 	for _, a := range addrs {
@@ -298,9 +298,12 @@ func protocolOf(a netip.Addr) tcpip.NetworkProtocolNumber {
 	return ipv6.ProtocolNumber
 }
 
-// linkLocal derives a link-local address from a MAC (RFC 4291, appendix A).
-func linkLocal(mac [6]byte) netip.Addr {
-	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: mac[0] ^ 2, 9: mac[1], 10: mac[2], 11: 0xff, 12: 0xfe, 13: mac[3], 14: mac[4], 15: mac[5]})
+// linkLocal returns the link-local address with the interface identifier of a:
+// a gateway ::2 is fe80::2, too.
+func linkLocal(a netip.Addr) netip.Addr {
+	b := a.As16()
+	copy(b[:8], []byte{0xfe, 0x80, 0, 0, 0, 0, 0, 0})
+	return netip.AddrFrom16(b)
 }
 
 // lastAddr returns the broadcast address of an IPv4 prefix.

@@ -77,10 +77,12 @@ func runSlirp(ctx context.Context, name string, args []string, stdout, stderr io
 		printSlirpVersion(stdout)
 		return exitOK
 	}
+	// Who has started this may have closed what it reads the messages from.
+	signal.Ignore(unix.SIGPIPE)
 	for _, w := range o.warnings {
 		fmt.Fprintf(stdout, "WARNING: %s\n", w)
 	}
-	s := &slirp{o: o, stdout: stdout, stderr: stderr}
+	s := &slirp{o: o, stdout: stdout, stderr: stderr, epilogue: []string{"do_slirp is exiting", "do_slirp failed", "parent failed"}}
 	s.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	// What a signal would have done, it does, only after everything is cleared.
 	var caught os.Signal
@@ -91,8 +93,9 @@ func runSlirp(ctx context.Context, name string, args []string, stdout, stderr io
 	stop()
 	if err != nil {
 		fmt.Fprintf(stderr, "%s\n", describe(err))
-		fmt.Fprintln(stderr, "do_slirp is exiting")
-		fmt.Fprintln(stderr, "parent failed")
+		for _, l := range s.epilogue {
+			fmt.Fprintln(stderr, l)
+		}
 		return exitFailure
 	}
 	if sig, ok := caught.(syscall.Signal); ok {
@@ -132,6 +135,7 @@ type slirp struct {
 	o              *slirpOptions
 	stdout, stderr io.Writer
 	log            *slog.Logger
+	epilogue       []string // follows the message about a failure
 }
 
 // config translates the options.
@@ -139,7 +143,7 @@ func (s *slirp) config(ctx context.Context) (usernet.Config, error) {
 	o := s.o
 	c := usernet.Config{
 		Ifname: o.tapName, CIDR: o.cidr, CIDR6: netip.MustParsePrefix("fd00::/64"),
-		MTU: min(max(o.mtu, usernet.MinMTU), usernet.MaxMTU), MAC: o.mac, IPv6: usernet.IPv6Off, SLAAC: true,
+		MTU: o.mtu, MAC: o.mac, IPv6: usernet.IPv6Off, SLAAC: true,
 		Configure: usernet.ConfigureKeep, Link: usernet.LinkTAP,
 		HostLoopback: !o.noLoopback, NoGuard: true, NoDNS: o.noDNS,
 		OutboundAddr: o.outbound4, OutboundAddr6: o.outbound6, Logger: s.log,
@@ -237,7 +241,6 @@ func (s *slirp) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.banner(c.Addresses())
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	var helpers sync.WaitGroup
@@ -252,12 +255,16 @@ func (s *slirp) serve(ctx context.Context) error {
 			}
 		})
 	}
+	failed := s.epilogue
+	s.epilogue = []string{"child failed(1)"}
 	helpers.Go(func() {
 		select {
 		case <-n.Ready():
 		case <-ctx.Done():
 			return
 		}
+		s.epilogue = failed
+		s.banner(c.Addresses())
 		if err := s.lockDown(); err != nil {
 			cancel(err)
 			return
@@ -273,10 +280,14 @@ func (s *slirp) serve(ctx context.Context) error {
 	})
 	tuneRuntime()
 	err = n.Run(ctx)
-	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+	switch cause := context.Cause(ctx); {
+	case cause == nil:
+		return err
+	case errors.Is(cause, context.Canceled): // somebody wanted it, however far it was
+		return nil
+	default:
 		return cause
 	}
-	return err
 }
 
 // slirpFile takes over a descriptor that the caller has opened.
@@ -308,19 +319,19 @@ func (s *slirp) banner(a usernet.Addresses) {
 		{"DHCP end", a.PoolEnd},
 		{"Recommended IP", a.Guest4},
 	} {
-		fmt.Fprintf(s.stdout, "* %-16s%v\n", l.name+":", l.value)
+		fmt.Fprintf(s.stdout, "* %-17s%v\n", l.name+":", l.value)
 	}
 	if o.apiSocket != "" {
-		fmt.Fprintf(s.stdout, "* API Socket:     %s\n", o.apiSocket)
+		fmt.Fprintf(s.stdout, "* API Socket:      %s\n", o.apiSocket)
 	}
 	if o.outbound4.IsValid() {
-		fmt.Fprintf(s.stdout, "* Outbound IPv4:  %v\n", o.outbound4)
+		fmt.Fprintf(s.stdout, "* Outbound IPv4:    %v\n", o.outbound4)
 	}
 	if o.outbound6.IsValid() {
-		fmt.Fprintf(s.stdout, "* Outbound IPv6:  %v\n", o.outbound6)
+		fmt.Fprintf(s.stdout, "* Outbound IPv6:    %v\n", o.outbound6)
 	}
 	if o.mac != nil {
-		fmt.Fprintf(s.stdout, "* MAC address:    %v\n", o.mac)
+		fmt.Fprintf(s.stdout, "* MAC address:     %v\n", o.mac)
 	}
 	if !o.noLoopback {
 		fmt.Fprintf(s.stdout, "WARNING: 127.0.0.1:* on the host is accessible as %v (set --disable-host-loopback to prohibit connecting to 127.0.0.1:*)\n", a.Gateway4)

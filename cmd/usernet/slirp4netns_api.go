@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -53,6 +54,7 @@ func (a *slirpAPI) close() {
 // Bounds of what one client can hold.
 const (
 	slirpMaxRequest = 4096             // as large, a request is refused
+	slirpMaxExcess  = 1 << 20          // of a refused one is read at most
 	slirpPatience   = 10 * time.Second // for a client to say something
 	slirpMaxClients = 64
 )
@@ -92,6 +94,10 @@ func (a *slirpAPI) serve(ctx context.Context, n slirpForwarder, addrs usernet.Ad
 			// Clients read once: the reply is one write.
 			_, _ = conn.Write(b)
 			_ = conn.CloseWrite()
+			if tooLarge {
+				// To close on bytes that nobody has read is an error to who sent them.
+				_, _ = io.CopyN(io.Discard, conn, slirpMaxExcess)
+			}
 		})
 	}
 }
@@ -224,6 +230,7 @@ func (h *slirpForwards) add(ctx context.Context, args map[string]any) object {
 	if !ok {
 		return slirpFault(what + "bad arguments.guest_addr")
 	}
+	asked := guest
 	if guest == any4 {
 		guest = h.addrs.PoolStart
 	}
@@ -239,7 +246,7 @@ func (h *slirpForwards) add(ctx context.Context, args map[string]any) object {
 		return fault
 	}
 	h.last++
-	h.ids[h.last] = slirpForward{h.last, proto, host.String(), int(hostPort), guest.String(), int(guestPort), info.ID}
+	h.ids[h.last] = slirpForward{h.last, proto, host.String(), int(hostPort), asked.String(), int(guestPort), info.ID}
 	return object{"return": object{"id": h.last}}
 }
 

@@ -201,6 +201,8 @@ func parseSlirp(name string, args []string) (*slirpOptions, error) {
 			o.warnings = append(o.warnings, "Support for IPv6 is experimental")
 		case "enable-seccomp":
 			o.warnings = append(o.warnings, "Support for seccomp is experimental")
+		case "outbound-addr", "outbound-addr6":
+			o.warnings = append(o.warnings, fmt.Sprintf("Support for --%s is experimental", g.name))
 		case "exit-fd", "ready-fd":
 			fd, err := strconv.Atoi(g.value)
 			if err != nil || fd < 0 {

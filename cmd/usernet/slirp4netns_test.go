@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -183,7 +184,7 @@ func TestSlirpRequests(t *testing.T) {
 		}
 	}
 	b, _ := json.Marshal(h.answer(t.Context(), []byte(`{"execute":"list_hostfwd"}`)))
-	const entry = `[{"id":2,"proto":"udp","host_addr":"::1","host_port":53,"guest_addr":"10.0.2.15","guest_port":53}]`
+	const entry = `[{"id":2,"proto":"udp","host_addr":"::1","host_port":53,"guest_addr":"0.0.0.0","guest_port":53}]`
 	if string(b) != `{"entries":`+entry+`,"return":{"entries":`+entry+`}}` {
 		t.Errorf("list: %s", b)
 	}
@@ -253,6 +254,15 @@ func TestSlirpSocket(t *testing.T) {
 	}
 	if got := ask(strings.Repeat(" ", 2*slirpMaxRequest)); !strings.Contains(got, "too large message") {
 		t.Errorf("too much: %s", got)
+	}
+	c := dial()
+	defer c.Close()
+	if _, err := c.Write(bytes.Repeat([]byte(" "), 2*slirpMaxRequest)); err != nil {
+		t.Error(err)
+	}
+	_ = c.(*net.UnixConn).CloseWrite()
+	if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "too large message") {
+		t.Errorf("too much, to the end: %s, %v", got, err)
 	}
 	cancel()
 	select {

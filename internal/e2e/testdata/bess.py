@@ -1,23 +1,37 @@
-import socket,sys,time,struct,os
-# attach to a BESS socket as a guest: ARP for the gateway, then DHCP-less ping
-p=sys.argv[1]
-for _ in range(100):
+# Be a virtual machine's network card for who listens at a BESS socket: open a
+# TAP in this network namespace and carry frames between the two.
+#
+#   bess.py SOCKET TAPNAME
+import fcntl
+import os
+import selectors
+import socket
+import struct
+import sys
+import time
+
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
+LARGEST = 1 << 17
+
+path, name = sys.argv[1:3]
+tap = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+while True:
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        s=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET); s.connect(p); break
-    except OSError: time.sleep(0.05)
-mac=bytes.fromhex('020000000001'); me=socket.inet_aton('10.0.2.100'); gw=socket.inet_aton('10.0.2.2')
-s.settimeout(3)
-s.send(b'\xff'*6+mac+b'\x08\x06'+struct.pack('!HHBBH',1,0x800,6,4,1)+mac+me+b'\0'*6+gw)
-while 1:
-    f=s.recv(70000)
-    if f[12:14]==b'\x08\x06' and f[20:22]==b'\0\2': break
-gm=f[22:28]
-def csum(b):
-    t=sum(struct.unpack('!%dH'%(len(b)//2),b)); t=(t&0xffff)+(t>>16); t=(t&0xffff)+(t>>16); return ~t&0xffff
-ic=struct.pack('!BBHHH',8,0,0,7,1)+b'abcdefgh'; ic=ic[:2]+struct.pack('!H',csum(ic))+ic[4:]
-ih=struct.pack('!BBHHHBBH',0x45,0,20+len(ic),1,0,64,1,0)+me+gw; ih=ih[:10]+struct.pack('!H',csum(ih))+ih[12:]
-s.send(gm+mac+b'\x08\0'+ih+ic)
-while 1:
-    f=s.recv(70000)
-    if f[12:14]==b'\x08\0' and f[23]==1 and f[34]==0: break
-print('pong')
+        peer.connect(path)
+        break
+    except OSError:
+        peer.close()
+        time.sleep(0.05)
+ready = selectors.DefaultSelector()
+ready.register(tap, selectors.EVENT_READ, lambda: peer.send(os.read(tap, LARGEST)))
+ready.register(peer, selectors.EVENT_READ, lambda: os.write(tap, peer.recv(LARGEST)))
+while True:
+    for key, _ in ready.select():
+        try:
+            key.data()
+        except ConnectionError:
+            sys.exit()
+        except OSError:
+            pass  # the interface is not up yet

@@ -50,9 +50,20 @@ ask() { printf '%s' "$1" | timeout 5 ncat -U api 2>/dev/null; echo; }
 serve() { # PORT: says who asks
 	socat "TCP-LISTEN:$1,fork,reuseaddr" SYSTEM:'echo from $SOCAT_PEERADDR' &
 }
+serveInside() { # PORT
+	(inside socat "TCP-LISTEN:$1,fork,reuseaddr" SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
+	inner=$!
+}
+talkSoon() { # as talk, once the server is there
+	local _
+	for _ in $(seq 50); do talk "$1" | grep from && return; sleep 0.1; done
+}
 talk() { timeout 5 socat -u "TCP:$1,connect-timeout=2" - 2>&1; }
 serve 7777
 server=$!
+socat TCP6-LISTEN:7778,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR' &
+server="$server $!"
+large=$here/www/large
 
 status --help | check help 'status 0' 'out: .*--netns-type' 'out: .*--enable-sandbox' '!^slirp'
 status --version | check version 'status 0' 'out: slirp4netns version 1\.' 'out: commit: ' 'out: SLIRP_CONFIG_VERSION_MAX: [0-9]'
@@ -67,7 +78,10 @@ status -c --outbound-addr=nowhere 1 tap0 | check bad-outbound 'status 1' 'outbou
 status --macaddress=02:00:00:00:00:01 1 tap0 | check mac-without-c 'status 1' 'cannot be specified when --configure'
 status --netns-type=path /nowhere tap0 | check no-path 'status 1' 'existing path expected'
 status --target-type=bess -c x | check bess-conflict 'status 1' 'conflicts with --target-type=bess'
-status -c 2147483647 tap0 | check no-process 'status 1'
+status -e x 1 tap0 | check bad-exit-fd 'status 1' 'exit-fd must be a non-negative integer' 'out: Usage'
+status --target-type=vm x | check bad-target 'status 1' '--target-type must be either "netns" or "bess"'
+status --userns-path=/nowhere 1 tap0 | check no-userns 'status 1' "userns path doesn't exist: /nowhere"
+status -c 2147483647 tap0 | check no-process 'status 1' '^child failed\(1\)' '!Starting slirp'
 
 # Options after the operands, bundled and abbreviated.
 start GUEST tap11 -c --mt=65520 --api-sock=api --macaddress=0e:d4:18:d9:38:fb
@@ -79,14 +93,18 @@ inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check host-loopback 'from 127.0.
 inside timeout 5 socat -u TCP:169.254.169.254:7777 - | check link-local 'from'
 inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check own-address 'from'
 inside timeout 5 socat -u TCP:10.0.2.2:9,connect-timeout=2 - 2>&1 | check refused 'Connection refused'
+inside timeout 5 socat -u TCP:203.0.113.1:9,connect-timeout=2 - 2>&1 | check unreachable 'No route to host'
+inside timeout 5 socat -u TCP:203.0.113.65:9,connect-timeout=2 - 2>&1 | check prohibited 'Network is unreachable'
+inside timeout 5 socat -u TCP:203.0.113.129:9,connect-timeout=2 - 2>&1 | check blackhole 'Network is unreachable'
 inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-udp '^192.0.2.1$'
 inside timeout 5 dig +short +tcp +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-tcp '^192.0.2.1$'
 inside ping -c 1 -W 2 10.0.2.2 | check ping-gateway '1 received'
 inside ping -c 1 -W 2 10.0.2.3 | check ping-dns '1 received'
 inside ping -c 1 -W 2 192.0.2.7 | check ping-outside '1 received'
 inside timeout 5 ping -c 1 -W 2 10.0.2.50 2>&1 | check no-neighbour 'Unreachable|100% packet loss'
-grep . out err | check banner 'Starting slirp' 'MTU: *65520' 'Network: *10.0.2.0' 'Netmask: *255.255.255.0' 'Gateway: *10.0.2.2' 'DNS: *10.0.2.3' \
-	'DHCP begin: *10.0.2.15' 'DHCP end: *10.0.2.30' 'Recommended IP: *10.0.2.100' 'WARNING: 127.0.0.1'
+grep . out err | check banner 'Starting slirp' '\* MTU:             65520$' '\* Network:         10.0.2.0$' '\* Netmask:         255.255.255.0$' '\* Gateway:         10.0.2.2$' \
+	'\* DNS:             10.0.2.3$' '\* DHCP begin:      10.0.2.15$' '\* DHCP end:        10.0.2.30$' '\* Recommended IP:  10.0.2.100$' \
+	'\* API Socket:      api$' '\* MAC address:     0e:d4:18:d9:38:fb$' 'WARNING: 127.0.0.1'
 ask '{"execute":"list_hostfwd"}' | check api-list-empty '"entries": *\[ *\]'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"0.0.0.0","host_port":8301,"guest_addr":"10.0.2.100","guest_port":80}}' | check api-add '"return".*"id": *1 *\}'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"","host_port":8301,"guest_addr":"","guest_port":80}}' | check api-taken '"error".*slirp_add_hostfwd failed'
@@ -97,10 +115,16 @@ ask x | check api-no-json 'bad request: cannot parse JSON'
 ask '[]' | check api-no-object 'bad request: json_object\(\) failed'
 ask '{}' | check api-no-execute 'bad request: no execute found'
 ask '{"execute":"x"}' | check api-unknown 'bad request: unknown execute'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":"8304","guest_port":80}}' | check api-port-text 'bad arguments.host_port'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8304}}' | check api-no-guest-port 'bad arguments.guest_port'
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"nowhere","host_port":8304,"guest_port":80}}' | check api-host-addr 'bad arguments.host_addr'
+ask '{"execute":"remove_hostfwd","arguments":{"id":"1"}}' | check api-id-text 'remove_hostfwd: bad arguments.id'
+ask '{"execute":"list_hostfwd"}trailing' | check api-trailing '"entries"'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"sctp"}}' | check api-proto 'bad arguments.proto'
-timeout 5 ncat -U api </dev/zero 2>/dev/null | check api-too-large 'bad request: too large message'
-(inside socat TCP-LISTEN:80,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
-inner=$!
+for _ in 1 2 3 4 5; do # what never ends to write may not come to read
+	timeout 5 ncat -U api </dev/zero 2>/dev/null | grep . && break
+done | check api-too-large 'bad request: too large message'
+serveInside 80
 (inside socat UDP-RECVFROM:81,fork SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
 sleep 0.3
 talk 192.0.2.1:8301,bind=192.0.2.9 | check forward-source 'from 192.0.2.9'
@@ -111,7 +135,15 @@ for try in 1 2 3 4 5; do # the server inside may not be there yet, and a datagra
 	sleep 0.3
 done
 echo "$answer" | check forward-udp 'from 192.0.2.9'
+(inside socat TCP-LISTEN:82 PIPE) 5>&- &
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8305,"guest_port":82}}' >id
+(sleep 0.5; echo before; sleep 1.5; echo after) | timeout 5 socat - TCP:192.0.2.1:8305 >talked &
+talker=$!
+sleep 1
+ask "{\"execute\":\"remove_hostfwd\",\"arguments\":{\"id\":$(grep -oE '[0-9]+' id)}}" >/dev/null
 ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove '"return": *\{ *\}'
+wait $talker
+check forward-lives-on before after <talked
 ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove-again 'slirp_remove_hostfwd failed'
 talk 127.0.0.1:8301 | check forward-removed 'Connection refused'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp6","host_addr":"::1","host_port":8303,"guest_port":80}}' | check api-add-ipv6 '"id": *[0-9]'
@@ -123,6 +155,23 @@ finish
 echo "status $status" | check exit-fd 'status 0'
 [ -e api ] && echo "FAIL api-socket-removed: it is there" || echo "ok api-socket-removed"
 kill $inner 2>/dev/null
+
+# Nobody reads what it says, and who would end it has gone before it began.
+newGuest
+mkfifo said
+sleep 0.2 <said &
+: >ready
+"$program" -c -a api -r 3 "$guest" tap0 3>ready >said 2>&1 &
+network=$!
+for _ in $(seq 100); do [ -s ready ] && break; sleep 0.05; done
+sleep 0.3
+ask x | check broken-pipe 'cannot parse JSON'
+kill -0 $network 2>/dev/null && echo "ok broken-pipe-lives" || echo "FAIL broken-pipe-lives: it has ended"
+kill $network
+wait $network 2>/dev/null
+timeout 5 "$program" -c -e 4 "$guest" tap0 >out 2>err 4< <(true)
+echo "status $?" | check exit-fd-gone 'status 0'
+kill "$guest"
 
 start -c --disable-host-loopback --cidr=10.41.0.0/16 -m 1400 GUEST tap0
 inside ip address show tap0 | check cidr 'inet 10.41.0.100/16' 'mtu 1400'
@@ -138,9 +187,21 @@ finish
 start -c --disable-dns --outbound-addr=192.0.2.9 GUEST tap0
 inside timeout 5 dig +tries=1 +time=1 @10.0.2.3 www.example.test 2>&1 | check no-dns 'timed out|no servers could be reached'
 inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check outbound-addr 'from 192.0.2.9'
+inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check outbound-addr-loopback 'from 192.0.2.9'
 finish
 
-start -6 --netns-type=path --userns-path=/proc/GUEST/ns/user /proc/GUEST/ns/net tap0
+# The interface of the host is looked at once, and IPv6 stays out without -6.
+start -c --outbound-addr=uplink -m 68 GUEST tap0
+inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check outbound-interface 'from 192.0.2.33'
+inside ip address show tap0 | check mtu-least 'mtu 68'
+inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-least-transfer '!.'
+finish
+start -c -m 65521 GUEST tap0
+inside ip address show tap0 | check mtu-most 'mtu 65521' '!inet6 fd00'
+inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-most-transfer '!.'
+finish
+
+start -6 --outbound-addr6=2001:db8::9 --netns-type=path --userns-path=/proc/GUEST/ns/user /proc/GUEST/ns/net tap0
 inside ip address | check untouched '!10\.0\.2' '!tap0:.*UP' '!lo:.*UP'
 inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -n -q -f -s /bin/true' 2>&1 | check dhcp '10.0.2.15'
 for _ in $(seq 40); do
@@ -148,15 +209,29 @@ for _ in $(seq 40); do
 	sleep 0.1
 done
 inside ip -6 address show tap0 | check slaac 'inet6 fd00::'
-inside ip -6 route | check ipv6-route 'default via fe80::'
+inside ip -6 route | check ipv6-route 'default via fe80::2 '
+inside ping -c 1 -W 2 fd00::3 | check ipv6-ping '1 received'
+inside timeout 5 socat -u TCP:[fd00::2]:7778 - | check ipv6-loopback 'from '
+inside timeout 5 socat -u TCP:[2001:db8::1]:7778 - | check ipv6-outbound 'from .*2001:0?db8:.*:0*9.?$'
 inside timeout 5 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check ipv6-out '^served$'
 finish
 
-"$program" --target-type=bess "$PWD/bess" >out 2>err &
-network=$!
-timeout 10 python3 "$here/bess.py" "$PWD/bess" 2>&1 | check bess '^pong$'
-kill $network 2>/dev/null
-wait $network
+newGuest
+(inside python3 "$here/bess.py" "$PWD/bess" eth0) 5>&- &
+card=$!
+launch "$program" --target-type=bess --api-sock=api "$PWD/bess"
+[ "$(cat ready)" = 1 ] && echo "ok bess-ready" || echo "FAIL bess-ready: $(od -c ready)"
+grep . out err | check bess-banner 'WARNING: BESS mode is experimental' 'Waiting for connection to'
+inside sh -ec 'ip link set lo up; ip link set eth0 up; ip address add 10.0.2.100/24 dev eth0; ip route add default via 10.0.2.2'
+inside ping -c 1 -W 2 10.0.2.2 | check bess-ping '1 received'
+inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check bess-dns '^192.0.2.1$'
+inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check bess-transfer '!.'
+serveInside 80
+ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8306,"guest_port":80}}' >/dev/null
+talkSoon 192.0.2.1:8306,bind=192.0.2.9 | check bess-forward 'from 192.0.2.9'
+finish
+echo "status $status" | check bess-exit 'status 0'
+kill $card $inner 2>/dev/null
 
 if "$program" --help | grep -q tapfd; then # since 1.3
 	newGuest

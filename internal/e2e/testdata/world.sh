@@ -16,6 +16,15 @@ ip link set lo up
 ip address add 192.0.2.1/24 dev lo
 ip route add local 0.0.0.0/0 dev lo
 ip -6 route add local ::/0 dev lo
+# What lies behind some of the host's routes cannot be reached.
+ip route add unreachable 203.0.113.0/26
+ip route add prohibit 203.0.113.64/26
+ip route add blackhole 203.0.113.128/26
+ip link add uplink type veth peer name elsewhere
+ip address add 192.0.2.33/32 dev uplink
+ip link set uplink up
+ip link set elsewhere up
+ip -6 address add 2001:db8::9/128 dev lo
 sysctl -qw net.ipv4.ping_group_range="0 2147483647"
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 uid=1000
@@ -42,6 +51,7 @@ dnsmasq --keep-in-foreground --port=53 --listen-address=127.0.0.1 --bind-interfa
 	--no-resolv --no-hosts --user= --group= --pid-file= --log-facility=/dev/null --host-record=www.example.test,192.0.2.1 &
 mkdir -p "$dir/www"
 echo served >"$dir/www/index.html"
+head -c 1000000 /dev/urandom >"$dir/www/large"
 busybox httpd -f -p 8000 -h "$dir/www" &
 cd "$dir/home"
 export HOME="$dir/home" XDG_RUNTIME_DIR="$dir/run" TMPDIR="$dir/tmp" USER=$user
