@@ -34,6 +34,10 @@ type Config struct {
 	// letter case, without the final dot. PTR records follow from them.
 	Records map[string][]netip.Addr
 
+	// Zones are domains of which there is nothing but Records: other names in
+	// them do not exist, and no upstream hears of them.
+	Zones []string
+
 	// Permit is asked before every query to an upstream; an error keeps it
 	// from being sent. It must be quick. Nil permits all.
 	Permit func(netip.AddrPort) error

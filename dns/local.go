@@ -31,8 +31,35 @@ type localName struct {
 type locals struct {
 	index atomic.Pointer[map[string]*localName] // by name in lower-case wire format
 
+	zones map[string]struct{} // in lower-case wire format
+
 	mu    sync.Mutex              // guards records
 	names map[string][]netip.Addr // as given, in lower case
+}
+
+// setZones says which domains have nothing but local records. It is called
+// before anything else.
+func (l *locals) setZones(zones []string) error {
+	l.zones = make(map[string]struct{}, len(zones))
+	for _, z := range zones {
+		wire, err := wireName(canonical(z))
+		if err != nil {
+			return err
+		}
+		l.zones[string(wire)] = struct{}{}
+	}
+	return nil
+}
+
+// inZone reports whether a name is a zone, or in one.
+func (l *locals) inZone(wire []byte) bool {
+	for len(l.zones) > 0 && len(wire) > 1 {
+		if _, ok := l.zones[string(wire)]; ok {
+			return true
+		}
+		wire = wire[1+wire[0]:]
+	}
+	return false
 }
 
 // set gives each name its addresses, and takes it away if there are none. It
@@ -124,6 +151,16 @@ func (l *locals) rebuildLocked() {
 			}
 		}
 	}
+	// What stands between a name and its zone exists too, without records: a
+	// resolver may take all below a name that does not for missing (RFC 8020).
+	for wire := range index {
+		for up := []byte(wire); l.inZone(up); up = up[1+up[0]:] {
+			entry(up)
+		}
+	}
+	for z := range l.zones {
+		entry([]byte(z))
+	}
 	l.index.Store(&index)
 }
 
@@ -137,11 +174,17 @@ func (l *locals) answer(out []byte, q *query) ([]byte, bool) {
 		return out, false
 	}
 	e := (*index)[string(q.name())]
-	if e == nil {
+	if e == nil && !l.inZone(q.name()) {
 		return out, false
 	}
 	if q.version != 0 {
 		return q.appendReply(out, rcodeBadVers, edeNone), true
+	}
+	if e == nil {
+		start := len(out)
+		out = q.appendReply(out, rcodeNXDomain, edeNone)
+		out[start+2] |= bitAA
+		return out, true
 	}
 	start := len(out)
 	out = q.appendReply(out, rcodeSuccess, edeNone)

@@ -56,6 +56,9 @@ func New(cfg Config) (*Server, error) {
 	s.cache.maxEntries, s.cache.maxBytes = cfg.CacheEntries, cfg.CacheBytes
 	s.streams.patience = streamPatience
 	s.dialer = net.Dialer{ControlContext: s.control}
+	if err := s.locals.setZones(cfg.Zones); err != nil {
+		return nil, fmt.Errorf("dns: set zone: %w", err)
+	}
 	if err := s.locals.set(cfg.Records); err != nil {
 		return nil, fmt.Errorf("dns: set record: %w", err)
 	}
