@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,6 +29,7 @@ type network struct {
 	link     netlink.Link // nil before openLink
 	gateway6 netip.Addr
 	ipv6     bool
+	yield    bool // to default routes of other interfaces
 
 	congestion string // for connections that end in usernet, "" is the namespace's
 }
@@ -61,7 +63,7 @@ func (n *network) configure(a Addresses) (*Status, error) {
 		return nil, errNoLink
 	}
 	status := new(Status)
-	n.gateway6 = a.Gateway6
+	n.gateway6, n.yield = a.Gateway6, a.Yield
 	n.ipv6 = a.Addr6.IsValid() && n.prepare6(status)
 	if err := n.up(); err != nil {
 		return nil, err
@@ -252,6 +254,9 @@ const metric6 = 256
 
 // addDefault adds a default route. Another one is not ours to replace.
 func (n *network) addDefault(family int, gateway netip.Addr) error {
+	if n.yield && n.otherDefault(family) {
+		return nil
+	}
 	err := n.handle.RouteAdd(n.defaultRoute(family, gateway))
 	if err == nil {
 		return nil
@@ -278,6 +283,14 @@ func (n *network) defaultRoute(family int, gateway netip.Addr) *netlink.Route {
 		Gw:        net.IP(gateway.AsSlice()),
 		Congctl:   n.congestion,
 	}
+}
+
+// otherDefault reports whether there is a default route by another interface.
+func (n *network) otherDefault(family int) bool {
+	found, err := n.handle.RouteListFiltered(family, &netlink.Route{}, netlink.RT_FILTER_DST)
+	return err == nil && slices.ContainsFunc(found, func(r netlink.Route) bool {
+		return r.LinkIndex != n.link.Attrs().Index && r.Type == unix.RTN_UNICAST
+	})
 }
 
 // setDefaultRoute6 sets or removes the IPv6 default route.

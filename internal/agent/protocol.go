@@ -101,6 +101,8 @@ type Addresses struct {
 	Addr6    netip.Prefix `json:"addr6,omitzero"`
 	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
 	Default6 bool         `json:"default6,omitempty"` // set the IPv6 default route; SetDefaultRoute6 changes it later
+	// Yield sets no default route of a family that has one by another interface.
+	Yield bool `json:"yield,omitempty"`
 }
 
 // Status tells what became of a configuration.

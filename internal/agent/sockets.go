@@ -48,7 +48,12 @@ func (a *Agent) Sockets() (*Sockets, error) {
 	if err != nil {
 		return nil, fmt.Errorf("agent: open sockets: %w", err)
 	}
-	return &Sockets{Inside: *r.Inside, fd: fds[0], control: make([]byte, unix.CmsgSpace(4*maxDials))}, nil
+	return NewSockets(fds[0], *r.Inside), nil
+}
+
+// NewSockets takes over from another process what Sockets has returned there.
+func NewSockets(fd int, in Inside) *Sockets {
+	return &Sockets{Inside: in, fd: fd, control: make([]byte, unix.CmsgSpace(4*maxDials))}
 }
 
 // FD is readable when there are answers.
