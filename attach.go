@@ -140,6 +140,9 @@ func (at *attachment) configure(c Config, default6 bool) error {
 		if a.Prefix6.IsValid() && !c.SLAAC {
 			set.Addr6, set.Gateway6, set.Default6 = netip.PrefixFrom(a.Guest6, a.Prefix6.Bits()), a.Gateway6, default6
 		}
+		if set.Yield = c.Network != ""; c.NoDefaultRoute {
+			set.Gateway4, set.Gateway6, set.Default6 = netip.Addr{}, netip.Addr{}, false
+		}
 		status, err = at.agent.Configure(set)
 	}
 	for _, w := range status.Warnings {

@@ -91,6 +91,25 @@ type Config struct {
 	// and ::100.
 	Guest4, Guest6 netip.Addr
 
+	// Network is the name of a network that the guest shares with others of this
+	// user: one subnet, one gateway, and a switch between them. The first starts
+	// it with its settings, the last ends it. Subnets that are the zero value are
+	// the network's then, of which each has its own. Ports are published for this
+	// guest alone.
+	Network string
+	// Name and Aliases are what the others find the guest by on Network. Two
+	// guests may have an alias in common, but not a name.
+	Name    string
+	Aliases []string
+	// Isolate keeps the guest apart from the others on Network.
+	Isolate bool
+	// AnySource lets the guest use MACs and addresses on Network that are not its
+	// own, such as those of guests of its own behind a bridge.
+	AnySource bool
+	// NoDefaultRoute leaves out default routes. On Network they are left out where
+	// there are others already.
+	NoDefaultRoute bool
+
 	// DNS are the resolvers to ask, port 0 meaning 53. If there are none, those
 	// of ResolvConf are asked, as they change.
 	DNS        []netip.AddrPort
@@ -187,8 +206,12 @@ const (
 )
 
 // Addresses returns the addresses that c gives to gateway, DNS server and guest.
+// Of a Network whose subnet is not set there are none.
 func (c Config) Addresses() Addresses {
 	c = c.withDefaults()
+	if !c.CIDR.IsValid() {
+		return Addresses{} // the network's, which is not known yet
+	}
 	a := Addresses{
 		Prefix4:   c.CIDR,
 		Gateway4:  addrIn(c.CIDR, gatewayHost),
@@ -225,8 +248,10 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.Link, LinkAuto)
 	setDefault(&c.Ifname, DefaultIfname)
 	setDefault(&c.MTU, DefaultMTU)
-	setDefault(&c.CIDR, DefaultCIDR)
-	setDefault(&c.CIDR6, DefaultCIDR6)
+	if c.Network == "" {
+		setDefault(&c.CIDR, DefaultCIDR)
+		setDefault(&c.CIDR6, DefaultCIDR6)
+	}
 	setDefault(&c.IPv6, IPv6Auto)
 	setDefault(&c.ResolvConf, "/etc/resolv.conf")
 	if c.TapFile != nil {
@@ -309,7 +334,7 @@ func badConfig(format string, args ...any) error {
 func (c Config) Validate() error {
 	c = c.withDefaults()
 	for _, check := range []func() error{
-		c.checkTarget, c.checkKinds, c.checkInterface, c.checkSubnets, c.checkGuest, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish, c.checkPublishAuto,
+		c.checkTarget, c.checkKinds, c.checkInterface, c.checkNetwork, c.checkSubnets, c.checkGuest, c.checkNames, c.checkHostSide, c.checkRules, c.checkPublish, c.checkPublishAuto,
 	} {
 		if err := check(); err != nil {
 			return err

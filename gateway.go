@@ -46,19 +46,33 @@ var allDHCPAgents = netip.MustParseAddr("ff02::1:2")
 func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 	a := c.Addresses()
 	mac := gatewayMAC(a.Gateway4)
+	end := tap.NewEndpoint(tap.EndpointOptions{FD: link.FD, MTU: link.MTU, MAC: mac, VnetHdr: link.VnetHdr, HoldAcks: true})
+	return joinRooms(c, link, h, end, end)
+}
+
+// A device is what the guests' frames come from.
+type device interface {
+	stack.Link
+	forwarder.Link
+}
+
+// joinRooms joins the rooms on a device, which it takes. end is the device, or
+// the gateway's port of it.
+func joinRooms(c Config, link agent.Link, h *host, dev device, end *tap.Endpoint) (g *gateway, err error) {
+	a := c.Addresses()
+	mac := gatewayMAC(a.Gateway4)
 	var guestMAC [6]byte
 	copy(guestMAC[:], link.MAC)
-	end := tap.NewEndpoint(tap.EndpointOptions{FD: link.FD, MTU: link.MTU, MAC: mac, VnetHdr: link.VnetHdr, HoldAcks: true})
 	g = &gateway{log: c.Logger, link: end}
 	g.stack, err = stack.New(stack.Config{
-		Link:    end,
+		Link:    dev,
 		Prefix4: a.Prefix4, Gateway4: a.Gateway4, DNS4: a.DNS4,
 		Prefix6: a.Prefix6, Gateway6: a.Gateway6, DNS6: a.DNS6,
 		GatewayMAC: mac, GuestMAC: guestMAC, USO: link.USO, Logger: c.Logger,
 		SilentDNS: c.NoGuard && c.NoDNS,
 	})
 	if err != nil {
-		end.Close()
+		dev.Close()
 		return nil, err
 	}
 	policy := newPolicy(c, a)
@@ -68,7 +82,7 @@ func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
 	toHost := outbound
 	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host
 	g.fwd, err = forwarder.New(forwarder.Config{
-		Netstack: g.stack.Netstack(), Link: end, Guest: guest{g.stack}, Policy: policy,
+		Netstack: g.stack.Netstack(), Link: dev, Guest: guest{g.stack}, Policy: policy,
 		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), Logger: c.Logger,
 	})
 	if err != nil {
@@ -151,6 +165,7 @@ func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbou
 		Bind:      func(fd int, u netip.AddrPort) error { return outbound.Prepare(fd, u.Addr()) },
 		Watch:     g.fwd.Watch,
 		NoPrivate: c.NoPrivateDNS,
+		Zones:     c.zones(),
 	}
 	if len(c.AllowNames) > 0 {
 		cfg.Answered = policy.Learn
@@ -180,6 +195,14 @@ func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbou
 
 // search returns the function that tells the guest's search domains.
 func (g *gateway) search(c Config) func() []string {
+	if c.Network == "" {
+		return g.searchBeyond(c)
+	}
+	own, beyond := c.Network+"."+networkDomain, g.searchBeyond(c)
+	return func() []string { return append([]string{own}, beyond()...) }
+}
+
+func (g *gateway) searchBeyond(c Config) func() []string {
 	if len(c.DNSSearch) > 0 || g.dns == nil {
 		return func() []string { return c.DNSSearch }
 	}
@@ -197,14 +220,16 @@ func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte) e
 		}
 	}
 	var reserved4, reserved6 []dhcp.Reservation
-	if c.Configure == ConfigureStatic {
+	if c.Network != "" {
+		// Those of members come and go.
+	} else if c.Configure == ConfigureStatic {
 		// A DHCP client inside, if there is one, gets what is set already.
 		reserved4 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.Guest4}}
 	} else if len(link.MAC) > 0 {
 		// However many clients a guest makes up, its own keeps its place.
 		reserved4 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.PoolStart}}
 	}
-	if a.Guest6.IsValid() && !c.SLAAC {
+	if a.Guest6.IsValid() && !c.SLAAC && c.Network == "" {
 		reserved6 = []dhcp.Reservation{{LinkAddr: link.MAC, Addr: a.Guest6}}
 	}
 	conn, err := g.stack.ListenPacket(netip.AddrPortFrom(netip.IPv4Unspecified(), dhcpServerPort))

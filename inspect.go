@@ -49,6 +49,11 @@ type Info struct {
 	Offload   bool   `json:"offload"`
 	Configure string `json:"configure"`
 
+	Network  string   `json:"network,omitempty"` // a shared one, and what the guest is called there
+	Name     string   `json:"name,omitempty"`
+	Aliases  []string `json:"aliases,omitempty"`
+	Isolated bool     `json:"isolated,omitempty"`
+
 	IPv4 Subnet  `json:"ipv4"`
 	IPv6 *Subnet `json:"ipv6,omitempty"`
 	DNS  bool    `json:"serves_dns"`
@@ -66,18 +71,28 @@ type Subnet struct {
 	Guest   netip.Addr   `json:"guest"`
 }
 
+// config is the configuration, with what a shared network has assigned.
+func (n *Network) config() Config {
+	if m := n.member.Load(); m != nil {
+		return m.config()
+	}
+	return n.cfg
+}
+
 // Info returns what the network is. Before Run has attached only what was
 // configured is known.
 func (n *Network) Info() Info {
-	a := n.cfg.Addresses()
+	c := n.config()
+	a := c.Addresses()
 	i := Info{
-		Netns: n.cfg.NetnsPath, PID: n.cfg.PID,
-		Interface: n.cfg.Ifname, Link: string(n.cfg.Link), MTU: n.cfg.MTU, MAC: n.cfg.MAC.String(),
-		Configure: string(n.cfg.Configure), DNS: !n.cfg.NoDNS,
-		HostLoopback: n.cfg.HostLoopback, HostPorts: n.cfg.HostPorts,
+		Netns: c.NetnsPath, PID: c.PID,
+		Interface: c.Ifname, Link: string(c.Link), MTU: c.MTU, MAC: c.MAC.String(),
+		Configure: string(c.Configure), DNS: !c.NoDNS,
+		HostLoopback: c.HostLoopback, HostPorts: c.HostPorts,
+		Network: c.Network, Name: c.Name, Aliases: c.Aliases, Isolated: c.Isolate,
 		IPv4: Subnet{a.Prefix4, a.Gateway4, a.DNS4, a.Guest4},
 	}
-	for _, r := range n.cfg.Reverse {
+	for _, r := range c.Reverse {
 		i.Reverse = append(i.Reverse, r.String())
 	}
 	if a.Prefix6.IsValid() {
@@ -101,8 +116,9 @@ func (n *Network) Info() Info {
 // A Flow is a TCP connection, a UDP socket or a ping of the guest.
 type Flow struct {
 	ID        string `json:"id"`
-	Protocol  string `json:"protocol"`  // tcp, udp or icmp
-	Direction string `json:"direction"` // outbound, or inbound through a forward
+	Member    string `json:"member,omitempty"` // whose it is, on a shared network
+	Protocol  string `json:"protocol"`         // tcp, udp or icmp
+	Direction string `json:"direction"`        // outbound, or inbound through a forward
 	// Remote is the far end as the guest knows it, Host as the host does: for
 	// the gateway's address that is the host's loopback. A UDP socket of the
 	// guest may talk to many, these are the last. Ports of pings are their
@@ -123,6 +139,11 @@ type Flow struct {
 
 // Flows lists who talks to whom. Traffic goes on meanwhile.
 func (n *Network) Flows(ctx context.Context) ([]Flow, error) {
+	if m := n.member.Load(); m != nil {
+		var flows []Flow
+		err := m.ask(ctx, hubRequest{Op: opFlows}, &flows)
+		return flows, err
+	}
 	l := n.live.Load()
 	if l == nil {
 		return nil, ErrNotRunning
@@ -156,6 +177,9 @@ func ended(err error) error {
 
 // KillFlow ends a flow. Both ends of a TCP connection get a reset.
 func (n *Network) KillFlow(ctx context.Context, id string) error {
+	if m := n.member.Load(); m != nil {
+		return m.ask(ctx, hubRequest{Op: opKillFlow, Text: id}, nil)
+	}
 	l := n.live.Load()
 	if l == nil {
 		return ErrNotRunning
@@ -176,6 +200,7 @@ func (n *Network) KillFlow(ctx context.Context, id string) error {
 
 // A Lease is an address that a guest has by DHCP.
 type Lease struct {
+	Member   string     `json:"member,omitempty"` // whose it is, on a shared network
 	Addr     netip.Addr `json:"address"`
 	MAC      string     `json:"mac,omitempty"`
 	Client   string     `json:"client_id,omitempty"` // client identifier or DUID, in hexadecimal
@@ -187,6 +212,11 @@ type Lease struct {
 
 // Leases lists the addresses that DHCP has given, of both families.
 func (n *Network) Leases() []Lease {
+	if m := n.member.Load(); m != nil {
+		leases := []Lease{}
+		_ = m.ask(context.Background(), hubRequest{Op: opLeases}, &leases)
+		return leases
+	}
 	leases := []Lease{}
 	l := n.live.Load()
 	if l == nil {
@@ -217,6 +247,11 @@ const maxRecords = 4096
 
 // Records lists the names that the DNS server answers by itself.
 func (n *Network) Records() ([]Record, error) {
+	if m := n.member.Load(); m != nil {
+		var records []Record
+		err := m.ask(context.Background(), hubRequest{Op: opRecords}, &records)
+		return records, err
+	}
 	l := n.live.Load()
 	switch {
 	case l == nil:
@@ -234,6 +269,9 @@ func (n *Network) Records() ([]Record, error) {
 
 // SetRecord gives a name its addresses, in place of those it had.
 func (n *Network) SetRecord(name string, addrs ...netip.Addr) error {
+	if m := n.member.Load(); m != nil {
+		return m.ask(context.Background(), hubRequest{Op: opSetRecord, Text: name, Addrs: addrs}, nil)
+	}
 	l := n.live.Load()
 	switch {
 	case l == nil:
@@ -253,6 +291,9 @@ func (n *Network) SetRecord(name string, addrs ...netip.Addr) error {
 
 // RemoveRecord takes a name away.
 func (n *Network) RemoveRecord(name string) error {
+	if m := n.member.Load(); m != nil {
+		return m.ask(context.Background(), hubRequest{Op: opRemRecord, Text: name}, nil)
+	}
 	l := n.live.Load()
 	switch {
 	case l == nil:
@@ -276,6 +317,7 @@ type Stats struct {
 	DHCP4    DHCPStats     `json:"dhcp4"`
 	DHCP6    *DHCPStats    `json:"dhcp6,omitempty"`
 	Forwards int           `json:"forwards"` // published now
+	Switch   *SwitchStats  `json:"switch,omitempty"`
 	Process  ProcessStats  `json:"process"`
 }
 
@@ -384,6 +426,11 @@ type DHCPStats struct {
 
 // Stats returns the counters.
 func (n *Network) Stats() Stats {
+	if m := n.member.Load(); m != nil {
+		var s Stats
+		_ = m.ask(context.Background(), hubRequest{Op: opStats}, &s)
+		return s
+	}
 	l := n.live.Load()
 	if l == nil {
 		return Stats{}

@@ -69,7 +69,7 @@ func (n *Network) Forwards() []ForwardInfo {
 type publisher struct {
 	cfg   Config
 	log   *slog.Logger
-	fwd   *forwarder.Forwarder
+	inlet inlet
 	agent *agent.Agent // nil where the namespace is out of reach
 
 	mu        sync.Mutex // guards following
@@ -88,8 +88,31 @@ type published struct {
 	inode  uint64 // of the unix socket
 }
 
-func newPublisher(c Config, at *attachment, gw *gateway) *publisher {
-	return &publisher{cfg: c, log: c.Logger, fwd: gw.fwd, agent: at.agent}
+func newPublisher(c Config, at *attachment, in inlet) *publisher {
+	return &publisher{cfg: c, log: c.Logger, inlet: in, agent: at.agent}
+}
+
+// An inlet is what lets clients in: the forwarder, or that of a shared network.
+type inlet interface {
+	// publish takes in.FDs, whatever it returns.
+	publish(ctx context.Context, f Forward, in forwarder.Inbound) (number uint64, err error)
+	unpublish(ctx context.Context, number uint64) error
+	useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error
+}
+
+// ownInlet is the forwarder of this process.
+type ownInlet struct{ *forwarder.Forwarder }
+
+func (o ownInlet) publish(ctx context.Context, _ Forward, in forwarder.Inbound) (uint64, error) {
+	return o.Publish(ctx, in)
+}
+
+func (o ownInlet) unpublish(ctx context.Context, number uint64) error {
+	return o.Unpublish(ctx, number)
+}
+
+func (o ownInlet) useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error {
+	return o.UseInside(ctx, s, own...)
 }
 
 // addAll publishes what the configuration names.
@@ -134,7 +157,7 @@ func (p *publisher) open(ctx context.Context, info ForwardInfo) (ForwardInfo, er
 	if f.Protocol == TCP {
 		p.prepare(ctx)
 	}
-	if e.number, err = p.fwd.Publish(ctx, in); err != nil {
+	if e.number, err = p.inlet.publish(ctx, f, in); err != nil {
 		e.unlink()
 		return ForwardInfo{}, err
 	}
@@ -178,7 +201,7 @@ func (p *publisher) inbound(f Forward) (forwarder.Inbound, error) {
 // own4 is the IPv4 address of the guest's own interface.
 func (p *publisher) own4() netip.Addr {
 	a := p.cfg.Addresses()
-	if p.cfg.Configure == ConfigureNone {
+	if p.cfg.Configure == ConfigureNone && p.cfg.Network == "" {
 		return a.PoolStart // what is leased to it
 	}
 	return a.Guest4
@@ -212,7 +235,7 @@ func (p *publisher) prepare(ctx context.Context) {
 	if a := p.cfg.Addresses().Guest6; a.IsValid() && s.Error6 == "" {
 		own = append(own, a)
 	}
-	if err := p.fwd.UseInside(ctx, s, own...); err != nil {
+	if err := p.inlet.useInside(ctx, s, own...); err != nil {
 		p.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
 	}
 }
@@ -224,7 +247,7 @@ func (p *publisher) remove(id string) error {
 		if e.ID == id {
 			p.published = slices.Delete(p.published, i, i+1)
 			e.unlink()
-			if p.fwd.Unpublish(context.Background(), e.number) != nil {
+			if p.inlet.unpublish(context.Background(), e.number) != nil {
 				return ErrNotRunning
 			}
 			return nil

@@ -54,7 +54,7 @@ func listPackages(t *testing.T) []listed {
 type graph map[string][]string
 
 var allowed = graph{
-	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/netns"},
+	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/hub", "internal/netns"},
 	"tap":                 {"internal/netns", "internal/vnet"},
 	"stack":               {"internal/vnet"},
 	"forwarder":           {"internal/congestion", "internal/vnet"},
@@ -65,6 +65,7 @@ var allowed = graph{
 	"bench/compare":       {".", "tap", "stack", "forwarder", "dhcp", "dns", "bench", "internal/*"},
 	"internal/agent":      {"tap", "internal/congestion", "internal/netns"},
 	"internal/congestion": {},
+	"internal/hub":        {},
 	"internal/netns":      {},
 	"internal/vnet":       {},
 	"internal/control":    {"."},

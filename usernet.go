@@ -24,7 +24,8 @@ type Network struct {
 	once  sync.Once
 	live  atomic.Pointer[live] // while Run serves
 
-	publisher atomic.Pointer[publisher] // likewise
+	publisher atomic.Pointer[publisher]  // likewise
+	member    atomic.Pointer[membership] // likewise, on a shared network
 }
 
 // New checks c. It starts nothing.
@@ -38,7 +39,10 @@ func New(c Config) (*Network, error) {
 
 // AgentMain takes over in usernet's helper processes; it has to be the first
 // call in main.
-func AgentMain() { agent.Main() }
+func AgentMain() {
+	agent.Main()
+	hubMain()
+}
 
 // Ready is closed when the guest can use the network.
 func (n *Network) Ready() <-chan struct{} { return n.ready }
@@ -67,6 +71,9 @@ func (n *Network) run(ctx context.Context) error {
 		return fmt.Errorf("usernet: %w", err)
 	}
 	defer at.close()
+	if n.cfg.Network != "" {
+		return n.runMember(ctx, at)
+	}
 	host, err := watchHost(n.cfg, n.log)
 	if err != nil {
 		return fmt.Errorf("usernet: %w", err)
@@ -80,7 +87,7 @@ func (n *Network) run(ctx context.Context) error {
 	defer gw.close()
 	n.live.Store(&live{at.link, at.inode(), gw, time.Now()})
 	defer n.live.Store(nil)
-	pub := newPublisher(n.cfg, at, gw)
+	pub := newPublisher(n.cfg, at, ownInlet{gw.fwd})
 	n.publisher.Store(pub)
 	defer func() {
 		n.publisher.Store(nil)

@@ -137,12 +137,14 @@ var private = []netip.Prefix{
 
 func (c Config) checkSubnets() error {
 	switch p := c.CIDR; {
+	case c.Network != "" && p == netip.Prefix{}:
 	case !p.Addr().Is4():
 		return badConfig("use subnet %v: it is not one of IPv4: choose one such as %v", p, DefaultCIDR)
 	case p.Bits() > maxBits4:
 		return badConfig("use subnet %v: too small for gateway, DNS, leases and the guest's .%d: choose a /%d or larger", p, guestHost, maxBits4)
 	}
 	switch p := c.CIDR6; {
+	case c.Network != "" && p == netip.Prefix{}:
 	case !p.Addr().Is6() || p.Addr().Is4In6():
 		return badConfig("use subnet %v: it is not one of IPv6: choose one such as %v", p, DefaultCIDR6)
 	case p.Bits() != bits6:
@@ -152,7 +154,7 @@ func (c Config) checkSubnets() error {
 		if p != p.Masked() {
 			return badConfig("use subnet %v: the address has bits beyond /%d: write %v", p, p.Bits(), p.Masked())
 		}
-		if c.NoGuard {
+		if c.NoGuard || !p.IsValid() {
 			continue
 		}
 		if err := checkPrivate(p); err != nil {
@@ -192,6 +194,8 @@ func (c Config) checkGuest() error {
 	} {
 		switch {
 		case !g.addr.IsValid():
+		case c.Network != "" && (!g.subnet.IsValid() || c.Configure == ConfigureNone):
+			// The network's hub knows better, and its DHCP server gives what it says.
 		case c.Configure == ConfigureNone:
 			return badConfig("give guest the address %v: a DHCP client inside finds its own: leave out the one or the other", g.addr)
 		case g.addr.Is6() && !c.hasIPv6():

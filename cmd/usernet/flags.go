@@ -30,10 +30,24 @@ type networkFlags struct {
 	levelVar slog.LevelVar // what level says, and what is set later
 }
 
+// settle leaves to a shared network what no flag was given for.
+func (f *networkFlags) settle(cmd *cobra.Command) {
+	c := &f.config
+	if !cmd.Flags().Changed("network") {
+		return
+	}
+	if !cmd.Flags().Changed("cidr") {
+		c.CIDR = netip.Prefix{}
+	}
+	if !cmd.Flags().Changed("cidr6") {
+		c.CIDR6 = netip.Prefix{}
+	}
+}
+
 // groups defines the flags.
 func (f *networkFlags) groups(defaultLevel string) []group {
 	c := &f.config
-	link, names, host, egress, logs := newFlagSet(), newFlagSet(), newFlagSet(), newFlagSet(), newFlagSet()
+	link, shared, names, host, egress, logs := newFlagSet(), newFlagSet(), newFlagSet(), newFlagSet(), newFlagSet(), newFlagSet()
 
 	enum(link, &c.Link, "link", usernet.LinkAuto, []usernet.LinkKind{usernet.LinkAuto, usernet.LinkTAP, usernet.LinkVeth},
 		"device inside: a TAP, or where there is no /dev/net/tun a veth pair; auto chooses")
@@ -53,6 +67,15 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	offload := toggle{&c.NoOffload}
 	link.Var(offload, "offload", "pass packets of up to 64 KiB and leave checksums out; off is slow, and for finding faults only")
 	choices(link, "offload", []string{"on", "off"})
+
+	define(shared, &c.Network, "network", "NAME", "", text,
+		"share this network with the other guests of this user that name it: the first starts it with its settings, the last ends it")
+	define(shared, &c.Name, "name", "NAME", "", text, "what the other guests find this one by")
+	list(shared, &c.Aliases, "alias", "NAME", text, "another name that they find it by; repeatable")
+	shared.BoolVar(&c.Isolate, "isolate", false, "keep this guest and the others apart: it reaches the gateway and what is beyond")
+	shared.BoolVar(&c.AnySource, "any-source", false,
+		"let this guest use other addresses on the network than its own, for guests of its own behind a bridge")
+	link.BoolVar(&c.NoDefaultRoute, "no-default-route", false, "set no default routes inside; on a shared network only where there are none")
 
 	list(names, &c.DNS, "dns", "ADDR[:PORT]", usernet.ParseResolver,
 		"ask this DNS server; repeatable (default: those of the host's resolv.conf, followed as it changes)")
@@ -90,6 +113,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 
 	return []group{
 		{"Network", link},
+		{"Shared network", shared},
 		{"Names", names},
 		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp], or unix:/PATH:GUESTPORT)", host},
 		{"Egress policy (RULE is CIDR[:PORT[-END]][/tcp|udp|icmp], IPv6 with ports as [CIDR]:PORT)", egress},

@@ -130,6 +130,7 @@ func (a *attach) serve(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
+	a.settle(cmd)
 	a.config.Logger = a.logger(cmd.ErrOrStderr())
 	if err := a.config.Validate(); err != nil {
 		return err

@@ -73,6 +73,7 @@ var forwarded = []syscall.Signal{
 
 // run makes the namespaces, gives them a network, and runs the command.
 func (r *runFlags) run(cmd *cobra.Command, command []string) error {
+	r.settle(cmd)
 	c := r.config
 	c.Logger = r.logger(cmd.ErrOrStderr())
 	c.PID = os.Getpid() // until there is the right one
