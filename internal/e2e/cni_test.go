@@ -613,6 +613,28 @@ func TestCNIStatus(t *testing.T) {
 	w.wantClean(t)
 }
 
+// TestCNIPodman: rootless podman, whose CNI plugins run in a namespace between
+// host and containers that slirp4netns, or usernet by that name, connects.
+func TestCNIPodman(t *testing.T) {
+	rig.NeedUsernet(t)
+	t.Parallel()
+	rig.NeedTools(t, "podman", "conmon", "crun")
+	dir := worldDir(t)
+	// A copy, whose processes can be told from those in the place of slirp4netns.
+	binary, err := os.ReadFile(rig.Binary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "usernet"), binary, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, why := range inWorld(t, "podman-cni.sh", dir, asSlirp4netns(t)) {
+		if why != "" {
+			t.Errorf("%s:%s", name, why)
+		}
+	}
+}
+
 // TestCNIName: as a plugin without orders it says what it is.
 func TestCNIName(t *testing.T) {
 	w := newCNI(t, true, rig.Options{})
