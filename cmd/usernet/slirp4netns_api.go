@@ -67,6 +67,7 @@ func (a *slirpAPI) serve(ctx context.Context, n slirpForwarder, addrs usernet.Ad
 	defer stop()
 	h := &slirpForwards{n: n, addrs: addrs, ids: make(map[int]slirpForward)}
 	slots := make(chan struct{}, slirpMaxClients)
+	failing := false
 	for {
 		slots <- struct{}{}
 		conn, err := a.listener.AcceptUnix()
@@ -74,11 +75,15 @@ func (a *slirpAPI) serve(ctx context.Context, n slirpForwarder, addrs usernet.Ad
 		case errors.Is(err, net.ErrClosed):
 			return
 		case err != nil:
-			log.Warn("cannot accept at the API socket", "err", err)
+			if !failing {
+				log.Warn("cannot accept at the API socket", "err", err)
+			}
+			failing = true
 			time.Sleep(100 * time.Millisecond) // short of descriptors: it passes
 			<-slots
 			continue
 		}
+		failing = false
 		clients.Go(func() {
 			defer func() { <-slots }()
 			defer conn.Close()

@@ -1,12 +1,14 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -108,6 +110,7 @@ var differences = map[string]bool{
 	"api-remove-again": true,
 	"api-add-ipv6":     true,
 	"forward-ipv6":     true,
+	"forward-ipv6-udp": true,
 	"no-tapname":       true, // releases differ in what they say
 }
 
@@ -141,39 +144,54 @@ func TestSlirp4netns(t *testing.T) {
 	})
 }
 
-// rootlessKit builds the release of RootlessKit that testdata/rootlesskit names.
-func rootlessKit(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(worldDir(t), "rootlesskit")
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", path, "github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit")
-	cmd.Dir = "testdata/rootlesskit"
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		rig.Missing(t, "cannot build RootlessKit: %v\n%s", err, out)
-	}
-	return path
-}
-
 // TestSlirp4netnsClients runs programs that spawn slirp4netns.
 func TestSlirp4netnsClients(t *testing.T) {
 	rig.NeedUsernet(t)
+	t.Parallel()
+	dir := worldDir(t)
+	// A newer RootlessKit than the system's is the release that
+	// testdata/rootlesskit names.
+	newKit := sync.OnceValues(func() (string, error) {
+		path := filepath.Join(dir, "rootlesskit")
+		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", path, "github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit")
+		cmd.Dir = "testdata/rootlesskit"
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("%w\n%s", err, out)
+		}
+		return path, nil
+	})
+	podman := []string{"podman", "conmon", "crun"}
+	docker := []string{"dockerd", "docker", "containerd", "iptables", "rootlesskit"}
 	for _, c := range []struct {
 		name, script string
+		args         []string // besides the program
 		tools        []string
-		kit          bool // a newer RootlessKit than the system's
+		kit          bool // the newer one
 	}{
-		{"podman", "podman.sh", []string{"podman", "conmon", "crun"}, false},
-		{"rootlesskit", "rootlesskit.sh", []string{"rootlesskit", "rootlessctl"}, false},
-		{"rootlesskit v3", "rootlesskit.sh", []string{"rootlessctl"}, true},
-		{"docker", "docker.sh", []string{"dockerd", "docker", "containerd", "iptables", "rootlesskit"}, false},
-		{"docker on rootlesskit v3", "docker.sh", []string{"dockerd", "docker", "containerd", "iptables", "rootlesskit"}, true},
+		{"podman row", "podman.sh", []string{"row"}, podman, false},
+		{"docker", "docker.sh", nil, docker, false},
+		{"docker on rootlesskit v3", "docker.sh", nil, docker, true},
+		{"podman ports", "podman.sh", []string{"ports"}, podman, false},
+		{"podman pods", "podman.sh", []string{"pods"}, podman, false},
+		{"podman options", "podman.sh", []string{"options"}, podman, false},
+		{"rootlesskit", "rootlesskit.sh", nil, []string{"rootlesskit", "rootlessctl"}, false},
+		{"rootlesskit v3", "rootlesskit.sh", nil, []string{"rootlessctl"}, true},
+		{"buildkit", "buildkit.sh", nil, []string{"rootlesskit"}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
+			if _, err := exec.LookPath("buildkitd"); c.name == "buildkit" && err != nil {
+				t.Skip("BuildKit is not installed, and takes longer to build than all tests to run")
+			}
 			rig.NeedTools(t, c.tools...)
-			args := []string{asSlirp4netns(t)}
+			args := append([]string{asSlirp4netns(t)}, c.args...)
 			if c.kit {
-				args = append(args, rootlessKit(t))
+				path, err := newKit()
+				if err != nil {
+					rig.Missing(t, "cannot build RootlessKit: %v", err)
+				}
+				args = append(args, path)
 			}
 			for name, why := range inWorld(t, c.script, args...) {
 				if why != "" {

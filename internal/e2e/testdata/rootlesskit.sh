@@ -23,6 +23,12 @@ await6='for i in 1 2 3 4 5 6 7 8 9 10; do ip -6 address show tap0 | grep "fd00::
 left left-after-run
 
 inner="busybox httpd -f -p 80 -h $PWD/www & exec socat UDP-RECVFROM:81,fork SYSTEM:'echo from \$SOCAT_PEERADDR'"
+declare -A spawned=(
+	[slirp4netns]='--mtu 1500 -r 3 --disable-host-loopback --api-socket [^ ]+/\.s4nn\.sock --enable-sandbox --enable-seccomp [0-9]+ tap0'
+	[builtin]='--mtu 65520 -r 3 [0-9]+ tap0'
+	[detached-slirp4netns]='--mtu 65520 -r 3 --disable-host-loopback --api-socket [^ ]+/\.s4nn\.sock --enable-seccomp --userns-path=/proc/[0-9]+/ns/user --netns-type=path /proc/[0-9]+/root/[^ ]+/netns tap0'
+	[detached-builtin]='--mtu 65520 -r 3 --userns-path=/proc/[0-9]+/ns/user --netns-type=path /proc/[0-9]+/root/[^ ]+/netns tap0'
+)
 port=8200
 publish() { # NAME OPTION...: who comes in by published ports, and what stays at the end
 	local name=$1 pid
@@ -30,14 +36,16 @@ publish() { # NAME OPTION...: who comes in by published ports, and what stays at
 	port=$((port + 2))
 	(kit "$@" -p 0.0.0.0:$port:80/tcp -p 0.0.0.0:$((port + 1)):81/udp sh -c "$inner") >"log.$name" &
 	pid=$!
-	get http://127.0.0.1:$port/ | cat - "log.$name" | check publish-$name '^inside$'
+	get http://127.0.0.1:$port/ >got
+	running | check spawned-$name "${spawned[$name]}"
+	cat got "log.$name" | check publish-$name '^inside$'
 	tell 192.0.2.1:$((port + 1)) | check publish-udp-$name 'from '
 	kill $pid
 	wait $pid 2>/dev/null
 	left left-after-publish-$name
 }
-publish slirp4netns --port-driver=slirp4netns
-publish builtin --port-driver=builtin
+publish slirp4netns --port-driver=slirp4netns --mtu=1500 --disable-host-loopback --slirp4netns-sandbox=auto --slirp4netns-seccomp=auto
+publish builtin --port-driver=builtin --mtu=65520
 
 # Ports can come and go, and the client's address is kept.
 (kit --state-dir="$PWD/state" --port-driver=slirp4netns socat TCP-LISTEN:80,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR') >log.ports &
@@ -62,7 +70,8 @@ if "$rootlesskit" --help | grep -q detach-netns; then
 		check detached 'inet 10.0.2.100/24' 'inet6 fd00::' 'Address.*192.0.2.1' '^served$' 'Network is unreachable'
 	echo "$inner" >inner.sh
 	inner="exec $enter sh $PWD/inner.sh"
-	publish detached-builtin --detach-netns --port-driver=builtin
-	publish detached-slirp4netns --detach-netns --port-driver=slirp4netns
+	publish detached-builtin --detach-netns --port-driver=builtin --mtu=65520
+	# As containerd-rootless.sh does.
+	publish detached-slirp4netns --detach-netns --port-driver=slirp4netns --mtu=65520 --disable-host-loopback --slirp4netns-sandbox=auto --slirp4netns-seccomp=auto
 fi
 exit 0

@@ -148,6 +148,10 @@ ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove-again
 talk 127.0.0.1:8301 | check forward-removed 'Connection refused'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp6","host_addr":"::1","host_port":8303,"guest_port":80}}' | check api-add-ipv6 '"id": *[0-9]'
 talk '[::1]:8303' | check forward-ipv6 'from '
+ask '{"execute":"add_hostfwd","arguments":{"proto":"udp6","host_port":8307,"guest_port":81}}' >/dev/null
+for _ in 1 2 3; do
+	echo hello | timeout 5 socat -t 1 - UDP6:[2001:db8::9]:8307 | grep . && break
+done | check forward-ipv6-udp 'from 10.0.2.2'
 echo data >&5
 sleep 0.2
 kill -0 $network 2>/dev/null && echo "ok exit-fd-data" || echo "FAIL exit-fd-data: it has ended"
@@ -183,6 +187,22 @@ kill $network
 wait $network
 echo "status $?" | check sigterm 'status 143'
 finish
+
+# Its caller is root in the user namespace, as Buildah is.
+newGuest
+: >ready
+nsenter -t "$guest" --user --preserve-credentials unshare --net sleep 100 &
+sleeper=$!
+for _ in $(seq 100); do
+	[ "$(cat /proc/$sleeper/comm)" = sleep ] && break
+	sleep 0.02
+done
+nsenter -t "$guest" --user --preserve-credentials "$program" --mtu 65520 -r 3 -c $sleeper tap0 3>ready >out 2>err &
+network=$!
+for _ in $(seq 100); do [ -s ready ] && break; sleep 0.05; done
+nsenter -t $sleeper --user --net --preserve-credentials timeout 5 socat -u TCP:192.0.2.1:7777 - | cat - err | check within-userns 'from'
+kill $network $sleeper "$guest"
+wait $network $sleeper "$guest" 2>/dev/null
 
 start -c --disable-dns --outbound-addr=192.0.2.9 GUEST tap0
 inside timeout 5 dig +tries=1 +time=1 @10.0.2.3 www.example.test 2>&1 | check no-dns 'timed out|no servers could be reached'
