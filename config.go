@@ -3,6 +3,7 @@ package usernet
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -161,6 +162,10 @@ type Config struct {
 	// PublishAuto publishes what listens inside, as long as it does. It needs
 	// the namespace, so a TapFile will not do.
 	PublishAuto *AutoPublish
+
+	// Capture, if not nil, is written every frame of the guest's link, as pcapng,
+	// as far as it keeps up: see Network.Capture.
+	Capture io.Writer
 
 	// Cleanup are files to remove in case this process is killed. They exist.
 	Cleanup []string

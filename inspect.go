@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"github.com/usernet/usernet/dhcp"
 	"github.com/usernet/usernet/forwarder"
 	"github.com/usernet/usernet/internal/agent"
+	"github.com/usernet/usernet/internal/capture"
 )
 
 // live is what a Network has while it runs.
@@ -302,6 +304,46 @@ func (n *Network) RemoveRecord(name string) error {
 		return ErrNoDNS
 	case !l.gateway.dns.RemoveRecord(name):
 		return ErrNoRecord
+	}
+	return nil
+}
+
+// CaptureOptions say which frames to capture, and how much of each.
+type CaptureOptions struct {
+	// Filter chooses frames, in the language of docs/capture.md; "" is all.
+	Filter string
+	// Snaplen is how many bytes of a frame are written at most; 0 is all.
+	Snaplen int
+}
+
+// ErrCaptures is the error of Capture when there are too many at a time.
+var ErrCaptures = errors.New("usernet: too many captures run already: end one first")
+
+// Capture writes the frames of the guest's link to w, as pcapng, until ctx is
+// done or w fails. Traffic does not wait for w: what that has no room for is
+// dropped and counted in what it gets. Published TCP ports that bypass the link
+// are not on it.
+func (n *Network) Capture(ctx context.Context, w io.Writer, o CaptureOptions) error {
+	filter, err := capture.ParseFilter(o.Filter)
+	switch {
+	case err != nil:
+		return badConfig("capture: %v", err)
+	case o.Snaplen < 0 || o.Snaplen > capture.MaxSnaplen:
+		return badConfig("capture: snap length %d: choose one up to %d, or 0 for whole frames", o.Snaplen, capture.MaxSnaplen)
+	}
+	l := n.live.Load()
+	switch {
+	case l == nil:
+		return ErrNotRunning
+	case l.gateway == nil:
+		return fmt.Errorf("usernet: capture: %w on a shared network, whose frames are its hub's: use tcpdump inside", errors.ErrUnsupported)
+	}
+	err = l.gateway.link.Recorder().Stream(ctx, w, capture.Options{Name: l.link.Name, Filter: filter, Snaplen: o.Snaplen})
+	switch {
+	case errors.Is(err, capture.ErrBusy):
+		return ErrCaptures
+	case err != nil:
+		return fmt.Errorf("usernet: capture: %w", err)
 	}
 	return nil
 }

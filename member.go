@@ -121,6 +121,9 @@ func (n *Network) serveMember(ctx context.Context, m *membership, joined *joinRe
 	if err := pub.addAll(ctx); err != nil {
 		return err
 	}
+	if err := pub.lookInside(ctx); err != nil {
+		return err
+	}
 	n.log.Info("ready", "interface", m.at.link.Name, "link", m.at.link.Kind, "mtu", m.at.link.MTU,
 		"offload", m.at.link.Offload, "addresses", cfg.Configure, "network", cfg.Network, "address", cfg.Guest4)
 	close(n.ready)

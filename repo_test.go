@@ -54,8 +54,8 @@ func listPackages(t *testing.T) []listed {
 type graph map[string][]string
 
 var allowed = graph{
-	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/hub", "internal/netns"},
-	"tap":                 {"internal/netns", "internal/vnet"},
+	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/capture", "internal/hub", "internal/netns"},
+	"tap":                 {"internal/capture", "internal/netns", "internal/vnet"},
 	"stack":               {"internal/vnet"},
 	"forwarder":           {"internal/congestion", "internal/vnet"},
 	"dhcp":                {},
@@ -64,11 +64,12 @@ var allowed = graph{
 	"bench":               {".", "tap", "stack", "forwarder", "dhcp", "dns", "internal/*"},
 	"bench/compare":       {".", "tap", "stack", "forwarder", "dhcp", "dns", "bench", "internal/*"},
 	"internal/agent":      {"tap", "internal/congestion", "internal/netns"},
+	"internal/capture":    {},
 	"internal/congestion": {},
 	"internal/hub":        {},
 	"internal/netns":      {},
 	"internal/vnet":       {},
-	"internal/control":    {"."},
+	"internal/control":    {".", "internal/capture"},
 	"internal/rig":        {},
 	"internal/e2e":        {},
 }

@@ -101,6 +101,15 @@ func (n *Network) run(ctx context.Context) error {
 		pub.follow(ctx, n.ready)
 		return nil
 	})
+	if n.cfg.Capture != nil {
+		g.Go(func() error {
+			// Nobody shall be without a network because a disk is full.
+			if err := n.Capture(ctx, n.cfg.Capture, CaptureOptions{}); err != nil {
+				n.log.Warn("frames are no longer written", "err", err)
+			}
+			return nil
+		})
+	}
 	if at.ns != nil {
 		g.Go(func() error {
 			if at.ns.Watch(ctx) == nil {

@@ -15,6 +15,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"github.com/usernet/usernet/internal/capture"
 	"github.com/usernet/usernet/internal/vnet"
 )
 
@@ -91,14 +92,16 @@ type Endpoint struct {
 	fd       int
 	vnetHdr  bool
 	holdAcks bool
+	recorder capture.Recorder
 	mac      [6]byte
 	mtu      atomic.Uint32
 
 	receiver Receiver
 	resolve  func(tcpip.Address) [6]byte
 
-	// out, where set, takes the frames that writev would write to fd.
-	out func(iov []unix.Iovec, size int) error
+	// sw, where set, takes the frames that write would write to fd. Were it a
+	// function, every frame's header would have to be allocated.
+	sw *Switch
 
 	mu         sync.RWMutex // guards following
 	dispatcher stack.NetworkDispatcher
@@ -139,6 +142,10 @@ func (e *Endpoint) SetReceiver(r Receiver, resolve func(tcpip.Address) [6]byte) 
 // FD returns the descriptor, for a poller. It stays owned by the endpoint.
 func (e *Endpoint) FD() int { return e.fd }
 
+// Recorder is shown every frame. Those between two ports of a switch it sees
+// once, as they come in.
+func (e *Endpoint) Recorder() *capture.Recorder { return &e.recorder }
+
 // Stats returns the endpoint's live counters.
 func (e *Endpoint) Stats() *Stats { return &e.stats }
 
@@ -150,6 +157,9 @@ func (e *Endpoint) Receive(max int) (int, error) {
 		size, err := e.readFrame(e.fd)
 		switch {
 		case err == nil:
+			if e.recorder.Active() {
+				e.recordReceived(size)
+			}
 			e.deliver(size)
 		case err == unix.EAGAIN:
 			return n, nil
@@ -333,8 +343,16 @@ func (e *Endpoint) WriteFrame(h vnet.Header, head, a, b []byte) error {
 // writev sends one frame of size bytes. A frame is atomic in the kernel, so
 // concurrent senders need no lock.
 func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
-	if e.out != nil {
-		return e.out(iov, size)
+	err := e.write(iov, size)
+	if err == nil && e.recorder.Active() {
+		e.recordSent(iov)
+	}
+	return err
+}
+
+func (e *Endpoint) write(iov []unix.Iovec, size int) error {
+	if e.sw != nil {
+		return e.sw.send(iov, size)
 	}
 	for tries := 0; ; tries++ {
 		_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(e.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
@@ -356,6 +374,26 @@ func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
 		e.stats.TxDropped.Add(1)
 		return errno
 	}
+}
+
+// recordSent shows a frame that was sent to the recorder.
+func (e *Endpoint) recordSent(iov []unix.Iovec) {
+	if e.vnetHdr {
+		iov = iov[1:]
+	}
+	var parts [maxViews][]byte
+	n := 0
+	for _, v := range iov[:min(len(iov), maxViews)] {
+		parts[n] = unsafe.Slice(v.Base, v.Len)
+		n++
+	}
+	e.recorder.Record(false, parts[:n]...)
+}
+
+// recordReceived shows the frame of n bytes in eth and tail to the recorder.
+func (e *Endpoint) recordReceived(n int) {
+	head := e.eth[:min(n, len(e.eth))]
+	e.recorder.Record(true, head, e.tail.AsSlice()[:n-len(head)])
 }
 
 func waitWritable(fd int) bool {

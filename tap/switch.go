@@ -110,7 +110,7 @@ func NewSwitch(o SwitchOptions) (*Switch, error) {
 		Endpoint: NewEndpoint(EndpointOptions{FD: fd, MTU: o.MTU, MAC: o.MAC, VnetHdr: o.VnetHdr, HoldAcks: o.HoldAcks}),
 		ports:    make(map[int32]*Port), macs: make(map[[6]byte]*Port), learned: make(map[[6]byte]*Port),
 	}
-	s.Endpoint.out = s.send
+	s.Endpoint.sw = s
 	return s, nil
 }
 
@@ -216,6 +216,9 @@ func (s *Switch) receiveFrom(id int32, max int) (int, error) {
 			return n, nil
 		}
 		size, err := s.readFrame(p.fd)
+		if err == nil && s.recorder.Active() {
+			s.recordReceived(size)
+		}
 		ours := err == nil && s.pass(p, size)
 		s.mu.RUnlock()
 		switch {

@@ -26,6 +26,7 @@ type networkFlags struct {
 	config usernet.Config
 	level  string
 	format string
+	pcap   string
 
 	levelVar slog.LevelVar // what level says, and what is set later
 }
@@ -110,6 +111,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 
 	enum(logs, &f.level, "log-level", defaultLevel, []string{"debug", "info", "warn", "error"}, "log from this level on")
 	enum(logs, &f.format, "log-format", "text", []string{"text", "json"}, "format of the log on stderr")
+	define(logs, &f.pcap, "pcap", "FILE", "", text, "write all frames of the guest's link to this file, as pcapng; usernet capture is for some of them, for a while")
 
 	return []group{
 		{"Network", link},

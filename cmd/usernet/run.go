@@ -101,6 +101,11 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 	}
 	defer sock.close()
 	c.Cleanup = sock.paths()
+	closePcap, err := r.openPcap(&c)
+	if err != nil {
+		return err
+	}
+	defer closePcap()
 	n, err := usernet.New(c)
 	if err != nil {
 		return err

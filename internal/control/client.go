@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -96,11 +97,16 @@ func (c *Client) Call(ctx context.Context, method, path string, body any) ([]byt
 	if resp.StatusCode < 300 {
 		return b, nil
 	}
+	return nil, c.refusal(resp, b)
+}
+
+// refusal is the error that an answer is.
+func (c *Client) refusal(resp *http.Response, body []byte) error {
 	var e errorBody
-	if json.Unmarshal(b, &e) != nil || e.Error.Message == "" {
-		return nil, fmt.Errorf("control: ask %s: it answered %s", c.Path, resp.Status)
+	if json.Unmarshal(body, &e) != nil || e.Error.Message == "" {
+		return fmt.Errorf("control: ask %s: it answered %s", c.Path, resp.Status)
 	}
-	return nil, &Error{resp.StatusCode, e.Error.Code, e.Error.Message}
+	return &Error{resp.StatusCode, e.Error.Code, e.Error.Message}
 }
 
 // explain says what an error of the connection means.
@@ -162,6 +168,36 @@ func (c *Client) AddForward(ctx context.Context, spec string) ([]Forward, error)
 func (c *Client) RemoveForward(ctx context.Context, id string) error {
 	_, err := c.Call(ctx, http.MethodDelete, "/v1/forwards/"+url.PathEscape(id), nil)
 	return err
+}
+
+// Capture starts a capture. What is read is pcapng, until ctx is done or the
+// network ends.
+func (c *Client) Capture(ctx context.Context, o usernet.CaptureOptions) (io.ReadCloser, error) {
+	q := url.Values{}
+	if o.Filter != "" {
+		q.Set("filter", o.Filter)
+	}
+	if o.Snaplen != 0 {
+		q.Set("snaplen", strconv.Itoa(o.Snaplen))
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://usernet/v1/capture?"+q.Encode(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	patient := &http.Client{Transport: c.http.Transport}
+	resp, err := patient.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	return nil, c.refusal(resp, b)
 }
 
 // Leases lists the guest's leases.

@@ -13,7 +13,7 @@ import (
 // where something is, and never as a fault of ours.
 func FuzzRequest(f *testing.F) {
 	for _, r := range [][3]string{
-		{"GET", "/v1/info", ""}, {"GET", "/v1/flows", ""}, {"GET", "/metrics", ""}, {"HEAD", "/v1/stats", ""}, {"DELETE", "/v1/flows/1", ""},
+		{"GET", "/v1/info", ""}, {"GET", "/v1/flows", ""}, {"GET", "/metrics", ""}, {"GET", "/v1/capture?filter=tcp", ""}, {"HEAD", "/v1/stats", ""}, {"DELETE", "/v1/flows/1", ""},
 		{"POST", "/v1/forwards", `{"spec":"127.0.0.1:8080:80"}`}, {"POST", "/v1/forwards", `{"protocol":"tcp","host":":1","guest":":1"}`},
 		{"POST", "/v1/forwards", `{"spec":"8080-8089:80-89/udp"}`}, {"POST", "/v1/forwards", `{"spec":"unix:/x:80"}`},
 		{"PUT", "/v1/dns/a.test", `{"addresses":["192.0.2.1","2001:db8::1"]}`}, {"PUT", "/v1/log-level", `{"level":"debug"}`},

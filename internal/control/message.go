@@ -55,6 +55,7 @@ func classify(err error) *apiError {
 		{usernet.ErrNoForward, http.StatusNotFound, "not-found"},
 		{usernet.ErrNoRecord, http.StatusNotFound, "not-found"},
 		{usernet.ErrNoDNS, http.StatusConflict, "no-dns"},
+		{usernet.ErrCaptures, http.StatusServiceUnavailable, "busy"},
 		{syscall.EADDRINUSE, http.StatusConflict, "address-in-use"},
 		{syscall.EADDRNOTAVAIL, http.StatusBadRequest, "address-not-available"},
 		{syscall.EACCES, http.StatusForbidden, "not-permitted"},

@@ -243,6 +243,10 @@ func TestOpenAPI(t *testing.T) {
 		{"PUT", "/v1/dns/{name}", "/v1/dns/b.test", `{"addresses":[]}`, 400},
 		{"DELETE", "/v1/dns/{name}", "/v1/dns/b.test", "", 204},
 		{"DELETE", "/v1/dns/{name}", "/v1/dns/b.test", "", 404},
+		{"GET", "/v1/capture", "/v1/capture?filter=tcp&snaplen=96", "", 200},
+		{"GET", "/v1/capture", "/v1/capture?filter=bad", "", 400},
+		{"GET", "/v1/capture", "/v1/capture?snaplen=x", "", 400},
+		{"GET", "/v1/capture", "/v1/capture?length=1", "", 400},
 		{"GET", "/metrics", "", "", 200},
 	} {
 		target := tt.target

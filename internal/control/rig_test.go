@@ -116,6 +116,17 @@ func (s *state) AddForward(_ context.Context, f usernet.Forward) (usernet.Forwar
 	return info, s.err
 }
 
+func (s *state) Capture(_ context.Context, w io.Writer, o usernet.CaptureOptions) error {
+	if o.Filter == "bad" {
+		return fmt.Errorf("filter: %w", usernet.ErrConfig)
+	}
+	if s.err != nil {
+		return s.err
+	}
+	_, err := io.WriteString(w, "frames")
+	return err
+}
+
 func (s *state) RemoveForward(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

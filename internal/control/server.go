@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -21,9 +22,10 @@ import (
 
 // Limits of one client.
 const (
-	requestTime = 5 * time.Second  // for a whole request to arrive, and for its answer to be read
-	idleTime    = 60 * time.Second // between two requests of a connection
-	engineTime  = 3 * time.Second  // for the engine to look at its flows
+	requestTime = 5 * time.Second        // for a whole request to arrive, and for its answer to be read
+	idleTime    = 60 * time.Second       // between two requests of a connection
+	engineTime  = 3 * time.Second        // for the engine to look at its flows
+	streamEnd   = 500 * time.Millisecond // for the last of a stream to be read
 	maxHeader   = 8 << 10
 	maxBody     = 64 << 10
 )
@@ -41,6 +43,7 @@ type Network interface {
 	Forwards() []usernet.ForwardInfo
 	AddForward(context.Context, usernet.Forward) (usernet.ForwardInfo, error)
 	RemoveForward(id string) error
+	Capture(context.Context, io.Writer, usernet.CaptureOptions) error
 }
 
 // Config says what a Server serves. Network is required.
@@ -58,10 +61,11 @@ type Config struct {
 
 // A Server answers requests.
 type Server struct {
-	cfg    Config
-	log    *slog.Logger
-	routes []route
-	warned atomic.Bool // of a client that was refused
+	cfg     Config
+	log     *slog.Logger
+	routes  []route
+	warned  atomic.Bool  // of a client that was refused
+	streams atomic.Int32 // those that are being sent
 }
 
 // New returns a server that Run starts.
@@ -78,7 +82,7 @@ func New(cfg Config) *Server {
 type connKey struct{}
 
 // Run answers requests on l until ctx is done, and closes l. What is being
-// answered then is cut off.
+// answered then is cut off, but streams may end in peace.
 func (s *Server) Run(ctx context.Context, l *Listener) error {
 	c := newConns(l, s.admit)
 	srv := &http.Server{
@@ -95,14 +99,22 @@ func (s *Server) Run(ctx context.Context, l *Listener) error {
 		BaseContext:                  func(net.Listener) context.Context { return ctx },
 		DisableGeneralOptionsHandler: true,
 	}
+	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
 		c.Close()
+		for range 20 {
+			if s.streams.Load() == 0 {
+				break
+			}
+			time.Sleep(streamEnd / 20)
+		}
 		srv.Close()
 	})
-	defer stop()
 	err := srv.Serve(c)
 	c.Close()
-	if ctx.Err() != nil {
+	if !stop() {
+		<-ended
 		return nil
 	}
 	return fmt.Errorf("control: serve: %w", err)
@@ -203,6 +215,7 @@ func (s *Server) table() []route {
 		{"GET", "/v1/dns", s.getRecords},
 		{"PUT", "/v1/dns/{name}", s.putRecord},
 		{"DELETE", "/v1/dns/{name}", s.deleteRecord},
+		{"GET", "/v1/capture", s.getCapture},
 		{"GET", "/metrics", s.getMetrics},
 	}
 }
@@ -249,6 +262,12 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, rt route, param 
 	status, body, err := rt.handle(req)
 	if err != nil {
 		writeError(w, err)
+		return
+	}
+	if body, ok := body.(stream); ok {
+		s.streams.Add(1)
+		defer s.streams.Add(-1)
+		body.serve(w, r)
 		return
 	}
 	writeBody(w, status, body)
