@@ -360,3 +360,34 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
+
+// reserve adds a reservation.
+func (p *pool) reserve(r Reservation) error {
+	switch {
+	case !p.prefix.Contains(r.Addr) || p.never[r.Addr]:
+		return fmt.Errorf("reserved address %v is not for guests of %v", r.Addr, p.prefix)
+	case len(r.LinkAddr) != 6:
+		return fmt.Errorf("reservation of %v: %v is not an Ethernet address", r.Addr, r.LinkAddr)
+	case p.reserved[r.Addr] != nil || p.byMAC[string(r.LinkAddr)].IsValid():
+		return fmt.Errorf("reservation of %v for %v: either has another one", r.Addr, r.LinkAddr)
+	}
+	if e := p.byAddr[r.Addr]; e != nil {
+		p.forget(e)
+	}
+	p.reserved[r.Addr] = r.LinkAddr
+	p.byMAC[string(r.LinkAddr)] = r.Addr
+	return nil
+}
+
+// unreserve takes the reservation of a guest back, and all that it has.
+func (p *pool) unreserve(mac net.HardwareAddr) {
+	if a, ok := p.byMAC[string(mac)]; ok {
+		delete(p.byMAC, string(mac))
+		delete(p.reserved, a)
+	}
+	for _, e := range p.byAddr {
+		if string(e.mac) == string(mac) {
+			p.forget(e)
+		}
+	}
+}

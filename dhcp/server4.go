@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
 )
 
@@ -48,21 +47,7 @@ type Config4 struct {
 // Server4 is a DHCPv4 server for one link.
 type Server4 struct {
 	cfg Config4
-
-	mu    sync.Mutex // guards following
-	pool  *pool
-	log   rate
-	stats Stats
-}
-
-// Stats counts what a server received and what it answered.
-type Stats struct {
-	Received  uint64 // messages
-	Ignored   uint64 // messages that are malformed, or not for us
-	Offers    uint64 // offers, and advertises of DHCPv6
-	Acks      uint64 // acknowledgements, and replies of DHCPv6
-	Naks      uint64 // DHCPv4 only
-	Exhausted uint64 // clients that found no address
+	ledger
 }
 
 // New4 returns a server that Run starts.
@@ -104,26 +89,12 @@ func New4(cfg Config4) (*Server4, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dhcp: configure DHCPv4: %w", err)
 	}
-	return &Server4{cfg: cfg, pool: p, log: rate{burst: 20, perSecond: 1}}, nil
+	return &Server4{cfg: cfg, ledger: newLedger(p)}, nil
 }
 
 // Run serves until ctx ends, and closes the conn.
 func (s *Server4) Run(ctx context.Context) error {
 	return serve(ctx, s.cfg.Conn, s.cfg.Logger, s.handle)
-}
-
-// Leases returns what is offered or leased, by address.
-func (s *Server4) Leases() []Lease {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.pool.leases(time.Now())
-}
-
-// Stats returns the counters.
-func (s *Server4) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stats
 }
 
 func (s *Server4) handle(now time.Time, b []byte, _ netip.Addr) ([]byte, net.Addr) {

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"sync"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv6"
@@ -41,11 +40,7 @@ type Config6 struct {
 type Server6 struct {
 	cfg  Config6
 	duid []byte
-
-	mu    sync.Mutex // guards following
-	pool  *pool
-	log   rate
-	stats Stats
+	ledger
 }
 
 // New6 returns a server that Run starts.
@@ -72,7 +67,7 @@ func New6(cfg Config6) (*Server6, error) {
 		return nil, fmt.Errorf("dhcp: configure DHCPv6: %w", err)
 	}
 	p.hashed = true
-	s := &Server6{cfg: cfg, pool: p, log: rate{burst: 20, perSecond: 1}}
+	s := &Server6{cfg: cfg, ledger: newLedger(p)}
 	if len(cfg.LinkAddr) > 0 {
 		s.duid = (&dhcpv6.DUIDLL{HWType: iana.HWTypeEthernet, LinkLayerAddr: cfg.LinkAddr}).ToBytes()
 	} else {
@@ -86,20 +81,6 @@ func New6(cfg Config6) (*Server6, error) {
 // Run serves until ctx ends, and closes the conn.
 func (s *Server6) Run(ctx context.Context) error {
 	return serve(ctx, s.cfg.Conn, s.cfg.Logger, s.handle)
-}
-
-// Leases returns what is offered or leased, by address.
-func (s *Server6) Leases() []Lease {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.pool.leases(time.Now())
-}
-
-// Stats returns the counters.
-func (s *Server6) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stats
 }
 
 func (s *Server6) handle(now time.Time, b []byte, from netip.Addr) ([]byte, net.Addr) {
