@@ -200,19 +200,6 @@ func (in *inside) serve() {
 	}
 }
 
-func sendTo(fd int, b []byte, fds []int) error {
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
-	for {
-		err := unix.Sendmsg(fd, b, rights, nil, unix.MSG_NOSIGNAL)
-		if !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
 // dial begins a connection to one of the namespace's addresses that seems to
 // come from another. If the client's port is taken inside, the connection comes
 // from another port of the client's.

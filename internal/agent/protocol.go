@@ -152,6 +152,11 @@ func send(fd int, message any, fds []int) error {
 	if len(b) > maxMessage {
 		return fmt.Errorf("message of %d bytes: at most %d pass", len(b), maxMessage)
 	}
+	return sendTo(fd, b, fds)
+}
+
+// sendTo writes b and descriptors in a single packet.
+func sendTo(fd int, b []byte, fds []int) error {
 	var rights []byte
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
