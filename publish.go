@@ -368,6 +368,10 @@ func (p *publisher) explain(f Forward, err error) error {
 	switch {
 	case f.HostPath != "" && errors.Is(err, unix.EADDRINUSE):
 		return fmt.Errorf("publish %v: %w: there is such a file: remove it, or choose another path", f, err)
+	case f.HostPath != "" && errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("publish %v: %w: make its directory first", f, err)
+	case f.HostPath != "" && errors.Is(err, unix.EACCES):
+		return fmt.Errorf("publish %v: %w: choose a path where this user may write", f, err)
 	case f.HostPath != "":
 		return fmt.Errorf("publish %v: %w", f, err)
 	case errors.Is(err, unix.EADDRINUSE):

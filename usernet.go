@@ -152,8 +152,12 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, gw *gat
 	if err := pub.lookInside(ctx); err != nil {
 		return err
 	}
-	n.log.Info("ready", "interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,
-		"offload", at.link.Offload, "addresses", n.cfg.Configure)
+	about := []any{"interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,
+		"offload", at.link.Offload, "addresses", n.cfg.Configure}
+	if gw.dns != nil {
+		about = append(about, "dns", gw.dns.Upstreams())
+	}
+	n.log.Info("ready", about...)
 	close(n.ready)
 
 	changed := host.changed()

@@ -36,6 +36,7 @@ type Server struct {
 	logged    limiter
 
 	// Of Run.
+	running bool
 	ctx     context.Context
 	sockets sockets
 	tasks   sync.WaitGroup
@@ -99,6 +100,7 @@ func (s *Server) Run(parent context.Context) error {
 	if err := s.sockets.start(s); err != nil {
 		return fmt.Errorf("dns: %w", err)
 	}
+	s.running = true
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
 	var stop context.CancelFunc
@@ -243,7 +245,7 @@ func (s *Server) setUpstreams(addrs []netip.AddrPort) bool {
 	// Others may know other names, and answer who waits for the old ones.
 	s.cache.flush()
 	s.redirect(set)
-	if s.logged.allow(s.now()) {
+	if s.running && s.logged.allow(s.now()) {
 		s.log.Info("upstreams changed", "upstreams", usable)
 	}
 	return true

@@ -342,11 +342,12 @@ func TestPublishFailures(t *testing.T) {
 		{"taken", fmt.Sprintf("%d:80", used.Talk), []string{fmt.Sprintf("port %d: address already in use: ", used.Talk), "has it", "choose another port"}},
 		{"privileged", "80:80", []string{"port 80: permission denied", "ports below 1024", "net.ipv4.ip_unprivileged_port_start"}},
 		{"not this host's", "192.0.2.77:8080:80", []string{"192.0.2.77", "no interface of this host"}},
-		{"no directory", "unix:/nowhere/x:80", []string{"/nowhere/x", "no such file"}},
+		{"no directory", "unix:/nowhere/x:80", []string{"/nowhere/x", "no such file", "make its directory first"}},
+		{"no right to the directory", "unix:/usr/x:80", []string{"/usr/x", "choose a path where this user may write"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			a := w.AttachFrom(t, w.User, w.Guest, rig.AttachOptions{
-				Flags: append([]string{"--log-level=error", "-p", tt.spec}, w.flags...), NoWait: true,
+				Flags: append([]string{"-p", tt.spec}, w.flags...), NoWait: true,
 			})
 			a.WantExit(t, 1, 10*time.Second)
 			a.WantOneLine(t, append([]string{"usernet: publish " + strings.TrimSuffix(tt.spec, "/tcp")}, tt.words...)...)
