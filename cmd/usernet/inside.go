@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime"
 	"strconv"
 	"syscall"
@@ -66,7 +65,7 @@ func (i *inside) main() int {
 	// Signals come as orders. What reaches this process directly was meant for
 	// a whole group, and usernet passes it on.
 	ignored := make(chan os.Signal, 1)
-	signal.Notify(ignored, honoured(forwarded...)...)
+	notify(ignored, append(deadly, unix.SIGWINCH))
 	// Daemons of the command become children of this process, not of init.
 	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

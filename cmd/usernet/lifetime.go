@@ -168,6 +168,13 @@ func honoured(signals ...syscall.Signal) []os.Signal {
 	return out
 }
 
+// notify has c told of those signals, all of which may be ignored.
+func notify(c chan<- os.Signal, signals []syscall.Signal) {
+	if s := honoured(signals...); len(s) > 0 { // none would mean all
+		signal.Notify(c, s...)
+	}
+}
+
 // notifySystemd sends a state to the service manager, if there is one that
 // wants to know: sd_notify(3).
 func notifySystemd(state ...string) error {

@@ -65,11 +65,13 @@ not found, 126 if it cannot be executed; 1 if usernet failed, 2 bad arguments.`}
 	return cmd
 }
 
-// forwarded are the signals that the command gets if usernet does. Those of job
-// control come by the terminal.
-var forwarded = []syscall.Signal{
-	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGWINCH,
-}
+// The signals that the command gets if usernet does: those that end a process,
+// usernet too as long as there is no command, and those that do not. The stops of
+// job control come by the terminal.
+var (
+	deadly   = []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM}
+	harmless = []syscall.Signal{unix.SIGWINCH, unix.SIGCONT}
+)
 
 // run makes the namespaces, gives them a network, and runs the command.
 func (r *runFlags) run(cmd *cobra.Command, command []string) error {
@@ -81,7 +83,7 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 		return err
 	}
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, honoured(forwarded...)...)
+	notify(signals, deadly)
 	defer signal.Stop(signals)
 
 	s, err := startSpaces(command, r.keepID, newSetup(c), streams{cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()})
@@ -129,6 +131,7 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 	if err := s.send(order{Start: true}); err != nil {
 		return err
 	}
+	notify(signals, harmless)
 	return l.follow()
 }
 
@@ -187,6 +190,10 @@ func (l *life) follow() error {
 				return l.judge(e, ok)
 			}
 		case sig := <-l.signals:
+			if sig == unix.SIGCONT {
+				_ = l.send(order{Continue: true})
+				continue
+			}
 			_ = l.send(order{Signal: sig.(syscall.Signal)})
 		case err := <-l.network:
 			l.networkEnded = true

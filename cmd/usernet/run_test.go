@@ -188,6 +188,21 @@ func TestRunSignals(t *testing.T) {
 		p.Signal(syscall.SIGTERM)
 		p.WantExit(t, 128+15, quickly)
 	})
+	t.Run("continued", func(t *testing.T) {
+		p := startRun(t, n, "--", "sh", "-c", "echo up; kill -STOP $$; echo goes on; exec sleep 60")
+		time.Sleep(300 * time.Millisecond) // a stop that nobody is told of
+		p.Signal(syscall.SIGCONT)
+		p.WaitOutput(t, "goes on", quickly)
+		p.Signal(syscall.SIGTERM)
+		p.WantExit(t, 128+15, quickly)
+	})
+	t.Run("ended while stopped", func(t *testing.T) { // as timeout(1) and service managers do
+		p := startRun(t, n, "--", "sh", "-c", "echo up; kill -STOP $$; exec sleep 60")
+		time.Sleep(300 * time.Millisecond)
+		p.Signal(syscall.SIGTERM)
+		p.Signal(syscall.SIGCONT)
+		p.WantExit(t, 128+15, quickly)
+	})
 	t.Run("killed", func(t *testing.T) {
 		p := startRun(t, n, "--", "sh", "-c", "sleep 9876 & setsid sleep 9876 & echo up; exec sleep 9876")
 		p.Signal(syscall.SIGKILL)
