@@ -87,6 +87,7 @@ type pool struct {
 	byMAC    map[string]netip.Addr
 	byAddr   map[netip.Addr]*entry
 	byClient map[string]*entry
+	changed  bool // a lease, since somebody has looked
 }
 
 // newPool checks the range and the reservations. What is in never is not
@@ -252,6 +253,7 @@ func (p *pool) put(now time.Time, c client, addr netip.Addr, s state, until time
 	c.id, c.mac = bytes.Clone(c.id), bytes.Clone(c.mac)
 	e := &entry{client: c, addr: addr, state: s, start: start, until: until, used: now}
 	p.byAddr[addr], p.byClient[c.key] = e, e
+	p.changed = p.changed || s == bound
 }
 
 func (p *pool) forget(e *entry) {
@@ -275,6 +277,7 @@ func (p *pool) release(now time.Time, c client, addr netip.Addr) bool {
 		return false
 	}
 	e.state, e.until, e.used = released, now, now
+	p.changed = true
 	return true
 }
 
@@ -292,6 +295,7 @@ func (p *pool) decline(now time.Time, c client, addr netip.Addr) bool {
 	if e == nil || e.addr != addr || (e.state != bound && e.state != offered) {
 		return false
 	}
+	p.changed = true
 	if p.reserved[addr] != nil {
 		p.forget(e)
 		return true

@@ -42,6 +42,11 @@ type Config4 struct {
 
 	LeaseTime time.Duration // default 1 hour
 	Logger    *slog.Logger  // default: discard
+
+	// Saved are leases that an earlier server has told to Changed, which gets
+	// all of them whenever one has changed. It must not block.
+	Saved   []SavedLease
+	Changed func([]SavedLease)
 }
 
 // Server4 is a DHCPv4 server for one link.
@@ -89,6 +94,7 @@ func New4(cfg Config4) (*Server4, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dhcp: configure DHCPv4: %w", err)
 	}
+	p.restore(time.Now(), cfg.Saved)
 	return &Server4{cfg: cfg, ledger: newLedger(p)}, nil
 }
 
@@ -108,6 +114,7 @@ func (s *Server4) handle(now time.Time, b []byte, _ netip.Addr) ([]byte, net.Add
 		return nil, nil
 	}
 	a := decide4(now, &s.cfg, s.pool, q)
+	s.pool.tell(now, s.cfg.Changed)
 	s.stats.count4(a)
 	s.log.write(now, s.cfg.Logger, a.note, "mac", q.mac.String(), "hostname", q.hostname, "addr", a.subject)
 	if a.kind == 0 {

@@ -34,6 +34,11 @@ type Config6 struct {
 
 	LeaseTime time.Duration // default 1 hour
 	Logger    *slog.Logger  // default: discard
+
+	// Saved are leases that an earlier server has told to Changed, which gets
+	// all of them whenever one has changed. It must not block.
+	Saved   []SavedLease
+	Changed func([]SavedLease)
 }
 
 // Server6 is a DHCPv6 server for one link.
@@ -67,6 +72,7 @@ func New6(cfg Config6) (*Server6, error) {
 		return nil, fmt.Errorf("dhcp: configure DHCPv6: %w", err)
 	}
 	p.hashed = true
+	p.restore(time.Now(), cfg.Saved)
 	s := &Server6{cfg: cfg, ledger: newLedger(p)}
 	if len(cfg.LinkAddr) > 0 {
 		s.duid = (&dhcpv6.DUIDLL{HWType: iana.HWTypeEthernet, LinkLayerAddr: cfg.LinkAddr}).ToBytes()
@@ -94,6 +100,7 @@ func (s *Server6) handle(now time.Time, b []byte, from netip.Addr) ([]byte, net.
 		return nil, nil
 	}
 	a := decide6(now, &s.cfg, s.pool, q)
+	s.pool.tell(now, s.cfg.Changed)
 	s.stats.count6(a)
 	s.log.write(now, s.cfg.Logger, a.note, "mac", q.mac.String(), "hostname", q.hostname, "addr", a.subject)
 	if a.kind == 0 {

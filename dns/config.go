@@ -29,6 +29,8 @@ type Config struct {
 	// runs: for its servers where Upstreams is empty and for its search
 	// domains. Empty means /etc/resolv.conf.
 	ResolvConf string
+	// Unread leaves ResolvConf to others, who call SetResolvConf.
+	Unread bool
 
 	// Records are the names answered here and their addresses, in any
 	// letter case, without the final dot. PTR records follow from them.

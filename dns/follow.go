@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -30,7 +31,7 @@ const (
 type follower struct {
 	path    string
 	search  atomic.Pointer[[]string]
-	current resolvConf // the last valid one; used by New, then by Run's goroutine
+	current ResolvConf // the last valid one; used by New, then by Run's goroutine
 	failing bool       // so is this
 }
 
@@ -61,7 +62,7 @@ func (s *Server) OnSearchChange(f func(search []string)) {
 // a server, what it last said stays in force.
 func (s *Server) reload() {
 	f := &s.follow
-	rc, err := readResolvConf(f.path)
+	rc, err := ReadResolvConf(f.path)
 	if err != nil {
 		if !f.failing && len(s.cfg.Upstreams) == 0 && s.logged.allow(s.now()) {
 			s.log.Warn("reading resolv.conf failed; keeping what it said before", "path", f.path, "err", err)
@@ -70,31 +71,39 @@ func (s *Server) reload() {
 		return
 	}
 	f.failing = false
-	if len(s.cfg.Upstreams) == 0 && !slices.Equal(rc.servers, f.current.servers) {
-		s.setUpstreams(rc.servers)
+	s.SetResolvConf(rc)
+}
+
+// SetResolvConf puts what a resolv.conf says in force. It is for a Server that
+// does not read one itself (Config.Unread), and not for use by several
+// goroutines at once.
+func (s *Server) SetResolvConf(rc ResolvConf) {
+	f := &s.follow
+	if len(s.cfg.Upstreams) == 0 && !slices.Equal(rc.Servers, f.current.Servers) {
+		s.setUpstreams(rc.Servers)
 	}
-	changed := !slices.Equal(rc.search, f.current.search)
+	changed := !slices.Equal(rc.Search, f.current.Search)
 	f.current = rc
 	if !changed {
 		return
 	}
-	f.search.Store(&rc.search)
+	f.search.Store(&rc.Search)
 	s.watchers.mu.Lock()
 	list := slices.Clone(s.watchers.list)
 	s.watchers.mu.Unlock()
 	for _, notify := range list {
-		notify(rc.search)
+		notify(rc.Search)
 	}
 }
 
-// followResolvConf reads resolv.conf whenever it may have changed, until ctx
-// is done.
-func (s *Server) followResolvConf(ctx context.Context) {
-	w, err := newWatch(s.follow.path)
+// FollowResolvConf calls reload whenever the resolv.conf at an absolute path may
+// have changed, and once at the beginning, until ctx is done.
+func FollowResolvConf(ctx context.Context, path string, log *slog.Logger, reload func()) {
+	w, err := newWatch(path)
 	if err != nil {
-		s.log.Warn("cannot watch resolv.conf; looking at it twice a second", "path", s.follow.path, "err", err)
+		log.Warn("cannot watch resolv.conf; looking at it twice a second", "path", path, "err", err)
 		for blind := time.Tick(blindTime); ; {
-			s.reload()
+			reload()
 			select {
 			case <-blind:
 			case <-ctx.Done():
@@ -107,7 +116,7 @@ func (s *Server) followResolvConf(ctx context.Context) {
 	for ctx.Err() == nil {
 		// Watches first: what changes while we read must show up.
 		whole := w.arm()
-		s.reload()
+		reload()
 		patience := glanceTime
 		if !whole {
 			patience = blindTime

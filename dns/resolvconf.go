@@ -19,45 +19,45 @@ const (
 	maxSearch     = 32
 )
 
-// resolvConf is what a resolv.conf(5) says that matters to us.
-type resolvConf struct {
-	servers []netip.AddrPort
-	search  []string
+// ResolvConf is what a resolv.conf(5) says that matters to us.
+type ResolvConf struct {
+	Servers []netip.AddrPort
+	Search  []string
 }
 
 // errNoServers means that a resolv.conf is empty or still being written.
 var errNoServers = errors.New("no usable nameserver line")
 
-// readResolvConf reads the file at path. It looks at regular files only, and
+// ReadResolvConf reads the file at path. It looks at regular files only, and
 // at the first MiB of them.
-func readResolvConf(path string) (resolvConf, error) {
+func ReadResolvConf(path string) (ResolvConf, error) {
 	// A FIFO must not keep us waiting.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return resolvConf{}, err
+		return ResolvConf{}, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return resolvConf{}, err
+		return ResolvConf{}, err
 	}
 	if !info.Mode().IsRegular() {
-		return resolvConf{}, fmt.Errorf("%s is not a regular file", path)
+		return ResolvConf{}, fmt.Errorf("%s is not a regular file", path)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxResolvConf))
 	if err != nil {
-		return resolvConf{}, err
+		return ResolvConf{}, err
 	}
 	rc := parseResolvConf(b)
-	if len(rc.servers) == 0 {
-		return resolvConf{}, fmt.Errorf("read %s: %w", path, errNoServers)
+	if len(rc.Servers) == 0 {
+		return ResolvConf{}, fmt.Errorf("read %s: %w", path, errNoServers)
 	}
 	return rc, nil
 }
 
 // parseResolvConf takes what is good and skips the rest, as resolvers do.
-func parseResolvConf(b []byte) resolvConf {
-	var rc resolvConf
+func parseResolvConf(b []byte) ResolvConf {
+	var rc ResolvConf
 	for line := range bytes.Lines(b) {
 		if line = bytes.TrimSpace(line); len(line) == 0 || line[0] == '#' || line[0] == ';' {
 			continue
@@ -68,11 +68,11 @@ func parseResolvConf(b []byte) resolvConf {
 		}
 		switch string(key) {
 		case "nameserver":
-			if a, ok := parseServer(rest); ok && len(rc.servers) < maxUpstreams && !slices.Contains(rc.servers, a) {
-				rc.servers = append(rc.servers, a)
+			if a, ok := parseServer(rest); ok && len(rc.Servers) < maxUpstreams && !slices.Contains(rc.Servers, a) {
+				rc.Servers = append(rc.Servers, a)
 			}
 		case "search", "domain":
-			rc.search = parseSearch(rest) // the last one counts
+			rc.Search = parseSearch(rest) // the last one counts
 		}
 	}
 	return rc

@@ -44,13 +44,13 @@ func TestParseResolvConf(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			rc := parseResolvConf([]byte(c.text))
 			var servers []string
-			for _, s := range rc.servers {
+			for _, s := range rc.Servers {
 				servers = append(servers, s.String())
 			}
 			if got := strings.Join(servers, " "); got != c.servers {
 				t.Errorf("servers %q, want %q", got, c.servers)
 			}
-			if got := strings.Join(rc.search, " "); got != c.search {
+			if got := strings.Join(rc.Search, " "); got != c.search {
 				t.Errorf("search %q, want %q", got, c.search)
 			}
 		})
@@ -71,26 +71,26 @@ func FuzzResolvConf(f *testing.F) {
 	f.Add([]byte("nameserver ::ffff:1.2.3.4 # y\nsearch . ;\n\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		rc := parseResolvConf(b)
-		if len(rc.servers) > maxUpstreams || len(rc.search) > maxSearch {
-			t.Fatalf("%d servers, %d domains", len(rc.servers), len(rc.search))
+		if len(rc.Servers) > maxUpstreams || len(rc.Search) > maxSearch {
+			t.Fatalf("%d servers, %d domains", len(rc.Servers), len(rc.Search))
 		}
 		text := ""
-		for _, s := range rc.servers {
+		for _, s := range rc.Servers {
 			if !s.IsValid() || s.Addr().Is4In6() || s.Addr().IsUnspecified() {
 				t.Fatalf("server %v", s)
 			}
 			text += "nameserver " + s.Addr().String() + "\n"
 		}
-		for _, d := range rc.search {
+		for _, d := range rc.Search {
 			if _, err := wireName(d); err != nil {
 				t.Fatal(err)
 			}
 		}
-		text += "search " + strings.Join(rc.search, " ") + "\n"
+		text += "search " + strings.Join(rc.Search, " ") + "\n"
 		// What was understood is understood again, written plainly. (A domain
 		// may begin like a comment only behind another.)
 		again := parseResolvConf([]byte(text))
-		if !slices.Equal(again.servers, rc.servers) || !slices.Equal(again.search, rc.search) {
+		if !slices.Equal(again.Servers, rc.Servers) || !slices.Equal(again.Search, rc.Search) {
 			t.Fatalf("%q gives %v, then %v", b, rc, again)
 		}
 	})

@@ -89,7 +89,9 @@ func New(cfg Config) (*Server, error) {
 	if s.follow.path, err = filepath.Abs(cfg.ResolvConf); err != nil {
 		return nil, fmt.Errorf("dns: find resolv.conf: %w", err)
 	}
-	s.reload()
+	if !cfg.Unread {
+		s.reload()
+	}
 	return s, nil
 }
 
@@ -112,7 +114,9 @@ func (s *Server) Run(parent context.Context) error {
 		unwatch = func() {}
 		engine.Go(s.sockets.run)
 	}
-	readers.Go(func() { s.followResolvConf(ctx) })
+	if !s.cfg.Unread {
+		readers.Go(func() { FollowResolvConf(ctx, s.follow.path, s.log, s.reload) })
+	}
 	for _, c := range s.cfg.PacketConns {
 		readers.Go(func() { cancel(s.servePackets(ctx, c)) })
 	}

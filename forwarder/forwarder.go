@@ -78,7 +78,11 @@ type Config struct {
 	Policy   *Policy
 	Outbound Outbound
 	Reverse  map[uint16]Server // by port of the gateway
-	Clock    Clock             // nil: netstack's clock is its own
+	// DialPath, if not nil, connects to unix sockets in the forwarder's place,
+	// as whoever may open no path has others do. It must not block, and done may
+	// be called by any goroutine, once.
+	DialPath func(path string, done func(fd int, errno unix.Errno))
+	Clock    Clock // nil: netstack's clock is its own
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.

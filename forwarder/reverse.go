@@ -1,10 +1,13 @@
 package forwarder
 
 import (
+	"context"
 	"net/netip"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
 // A Server is one of the host's that a guest may reach at a port of the gateway.
@@ -45,11 +48,53 @@ func (f *Forwarder) dialServer(s Server) (int, unix.Errno) {
 		return fd, 0
 	}
 	unix.Close(fd)
+	return -1, unixErrno(errno)
+}
+
+// unixErrno is what a failed connection to a unix socket means for a guest.
+func unixErrno(errno unix.Errno) unix.Errno {
 	switch errno {
 	case unix.EAGAIN: // the server lags behind: to the guest, a lost SYN
-		return -1, unix.ETIMEDOUT
+		return unix.ETIMEDOUT
 	case unix.ENOENT, unix.ENOTDIR, unix.ENOTSOCK, unix.EPROTOTYPE:
-		return -1, unix.ECONNREFUSED // nobody listens there
+		return unix.ECONNREFUSED // nobody listens there
 	}
-	return -1, errno
+	return errno
+}
+
+// await has DialPath connect to a unix socket, and answers the guest's SYN when
+// it has.
+func (t *tcpTable) await(id stack.TransportEndpointID, syn *stack.PacketBuffer, path string) {
+	d := &dial{t: t, id: id, fd: -1, slot: -1, syn: syn.IncRef(), born: t.f.clock()}
+	t.dials[id] = d
+	t.f.stats.Dialing.Add(1)
+	t.f.cfg.DialPath(path, func(fd int, errno unix.Errno) {
+		if t.f.Do(context.Background(), func() { d.arrived(fd, errno) }) != nil && errno == 0 {
+			unix.Close(fd)
+		}
+	})
+}
+
+// arrived ends an attempt that others have made.
+func (d *dial) arrived(fd int, errno unix.Errno) {
+	t := d.t
+	if t.dials[d.id] != d { // the guest has given up
+		if errno == 0 {
+			unix.Close(fd)
+		}
+		return
+	}
+	syn := d.syn.IncRef()
+	defer syn.DecRef()
+	d.forget()
+	if errno != 0 {
+		t.f.stats.Refused.Add(1)
+		if !t.refuse(d.id, syn, unixErrno(errno)) {
+			t.reset(d.id, syn)
+		}
+		return
+	}
+	if !t.establish(d.id, syn, fd, -1, 0) {
+		t.reset(d.id, syn)
+	}
 }

@@ -94,8 +94,7 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	flags := h.Flags()
 	if d := t.dials[id]; d != nil {
 		if flags.Contains(header.TCPFlagRst) {
-			d.forget()
-			unix.Close(d.fd)
+			d.drop()
 		}
 		return true // a repeated SYN: the answer is still on its way
 	}
@@ -129,6 +128,10 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	}
 	if !reversed {
 		server = Server{Addr: dst}
+	}
+	if server.Path != "" && f.cfg.DialPath != nil {
+		t.await(id, pkt, server.Path)
+		return true
 	}
 	fd, errno := f.dialServer(server)
 	switch errno {
@@ -217,8 +220,7 @@ func (d *dial) ready(events uint32) {
 	defer syn.DecRef()
 	slot := d.slot
 	if errno := soError(d.fd); errno != 0 {
-		d.forget()
-		unix.Close(d.fd)
+		d.drop()
 		t.f.stats.Refused.Add(1)
 		if !t.refuse(d.id, syn, errno) {
 			t.reset(d.id, syn)
@@ -237,8 +239,18 @@ func (d *dial) ready(events uint32) {
 func (d *dial) forget() {
 	delete(d.t.dials, d.id)
 	d.t.f.stats.Dialing.Add(-1)
-	d.t.f.poll.remove(d.slot)
+	if d.slot >= 0 {
+		d.t.f.poll.remove(d.slot)
+	}
 	d.syn.DecRef()
+}
+
+// drop ends the attempt for good.
+func (d *dial) drop() {
+	d.forget()
+	if d.fd >= 0 {
+		unix.Close(d.fd)
+	}
 }
 
 // refuse tells the guest why its SYN got no connection. It reports false where
@@ -354,8 +366,7 @@ func (t *tcpTable) sweep() {
 
 func (t *tcpTable) close() {
 	for _, d := range t.dials {
-		unix.Close(d.fd)
-		d.forget()
+		d.drop()
 	}
 	for fl := range t.flows {
 		if fl.ep != nil {

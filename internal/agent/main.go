@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/usernet/usernet/internal/memory"
 	"github.com/usernet/usernet/internal/netns"
 )
 
@@ -34,6 +35,10 @@ func isAgent() bool { return len(os.Args) == 1 && os.Args[0] == agentName }
 
 // wired is set when Main was called.
 var wired atomic.Bool
+
+// Wired reports whether Main was called, so that this program can be started in
+// its other parts.
+func Wired() bool { return wired.Load() }
 
 // Main takes over, and does not return, if this process is one that Start has
 // started. It has to be the first call in main and in TestMain.
@@ -139,7 +144,7 @@ func (s *server) serve() error {
 	for {
 		if used && !s.readable(idleAfter) {
 			// An idle agent lives as long as the container does.
-			debug.FreeOSMemory()
+			memory.Trim()
 			used = false
 		}
 		s.await()

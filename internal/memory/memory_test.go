@@ -1,0 +1,43 @@
+package memory
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+)
+
+// resident is how many KiB of the program's unchangeable pages this process has.
+func resident(t *testing.T) int {
+	f, err := os.Open("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	total, ours := 0, false
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		line := lines.Text()
+		if strings.Contains(line, "-") && strings.Contains(line, " r") {
+			ours = strings.HasSuffix(line, exe) && !strings.Contains(strings.Fields(line)[1], "w")
+		}
+		var kib int
+		if n, _ := fmt.Sscanf(line, "Rss: %d kB", &kib); n == 1 && ours {
+			total += kib
+		}
+	}
+	return total
+}
+
+func TestTrim(t *testing.T) {
+	before := resident(t)
+	Trim()
+	after := resident(t)
+	if before == 0 || after >= before {
+		t.Errorf("%d KiB of the program before, %d after", before, after)
+	}
+}
