@@ -167,6 +167,10 @@ type Config struct {
 	// as far as it keeps up: see Network.Capture.
 	Capture io.Writer
 
+	// NoSandbox leaves the process that faces the guest all rights of this one,
+	// for debugging.
+	NoSandbox bool
+
 	// Cleanup are files to remove in case this process is killed. They exist.
 	Cleanup []string
 

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/usernet/usernet/dhcp"
 	"github.com/usernet/usernet/dns"
@@ -42,12 +43,29 @@ const (
 // allDHCPAgents is where DHCPv6 clients send to (RFC 8415 section 7.1).
 var allDHCPAgents = netip.MustParseAddr("ff02::1:2")
 
+// A seed is what a gateway begins with, and what another one in its place would.
+type seed struct {
+	Local      []netip.Prefix // the host's own addresses
+	Default6   bool           // it has an IPv6 default route
+	ResolvConf dns.ResolvConf
+	Records    map[string][]netip.Addr // names that the DNS server answers
+	Leases4    []dhcp.SavedLease
+	Leases6    []dhcp.SavedLease
+}
+
+// hooks are what a gateway has others do, or tells them. All may be nil.
+type hooks struct {
+	dialPath func(path string, done func(fd int, errno unix.Errno))
+	leases4  func([]dhcp.SavedLease)
+	leases6  func([]dhcp.SavedLease)
+}
+
 // newGateway joins the rooms on an open link, whose descriptor it takes.
-func newGateway(c Config, link agent.Link, h *host) (g *gateway, err error) {
+func newGateway(c Config, link agent.Link, s seed, h hooks) (g *gateway, err error) {
 	a := c.Addresses()
 	mac := gatewayMAC(a.Gateway4)
 	end := tap.NewEndpoint(tap.EndpointOptions{FD: link.FD, MTU: link.MTU, MAC: mac, VnetHdr: link.VnetHdr, HoldAcks: true})
-	return joinRooms(c, link, h, end, end)
+	return joinRooms(c, link, s, h, end, end)
 }
 
 // A device is what the guests' frames come from.
@@ -58,7 +76,7 @@ type device interface {
 
 // joinRooms joins the rooms on a device, which it takes. end is the device, or
 // the gateway's port of it.
-func joinRooms(c Config, link agent.Link, h *host, dev device, end *tap.Endpoint) (g *gateway, err error) {
+func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.Endpoint) (g *gateway, err error) {
 	a := c.Addresses()
 	mac := gatewayMAC(a.Gateway4)
 	var guestMAC [6]byte
@@ -77,23 +95,24 @@ func joinRooms(c Config, link agent.Link, h *host, dev device, end *tap.Endpoint
 	}
 	policy := newPolicy(c, a)
 	g.policy = policy
-	h.onLocal(policy.SetLocal)
+	policy.SetLocal(s.Local)
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
 	toHost := outbound
 	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: dev, Guest: guest{g.stack}, Policy: policy,
-		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), Logger: c.Logger,
+		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), DialPath: h.dialPath, Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()
 		return nil, err
 	}
 	g.stack.SetHooks(stack.Hooks{TCP: g.fwd.HandleTCP, UDP: g.fwd.HandleUDP, Echo: g.fwd.HandleEcho})
-	if err := errors.Join(g.addDNS(c, a, policy, &outbound), g.addDHCP(c, a, link, mac)); err != nil {
+	if err := errors.Join(g.addDNS(c, a, policy, &outbound, s), g.addDHCP(c, a, link, mac, s, h)); err != nil {
 		g.stack.Close()
 		return nil, err
 	}
+	g.setDefaultRouter6(s.Default6)
 	return g, nil
 }
 
@@ -150,12 +169,12 @@ func nameRules(rs []NameRule) []forwarder.NameRule {
 }
 
 // addDNS makes the DNS server.
-func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbound *forwarder.Outbound) error {
+func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbound *forwarder.Outbound, s seed) error {
 	if c.NoDNS {
 		return nil
 	}
 	cfg := dns.Config{
-		Upstreams: c.DNS, ResolvConf: c.ResolvConf, Records: c.records(), Logger: c.Logger,
+		Upstreams: c.DNS, Unread: true, Records: s.Records, Logger: c.Logger,
 		Permit: func(u netip.AddrPort) error {
 			if !policy.Upstream(u) {
 				return fmt.Errorf("name server %v is closed by the egress policy", u)
@@ -189,6 +208,7 @@ func (g *gateway) addDNS(c Config, a Addresses, policy *forwarder.Policy, outbou
 	if g.dns, err = dns.New(cfg); err != nil {
 		return err
 	}
+	g.dns.SetResolvConf(s.ResolvConf)
 	g.tasks = append(g.tasks, g.dns.Run)
 	return nil
 }
@@ -210,7 +230,7 @@ func (g *gateway) searchBeyond(c Config) func() []string {
 }
 
 // addDHCP makes the DHCP servers and the router advertiser.
-func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte) error {
+func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte, s seed, h hooks) error {
 	search := g.search(c)
 	var dns4, dns6 []netip.Addr
 	if !c.NoDNS {
@@ -239,7 +259,7 @@ func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte) e
 	s4, err := dhcp.New4(dhcp.Config4{
 		Conn: conn, Prefix: a.Prefix4, Gateway: a.Gateway4, DNS: dns4,
 		PoolStart: a.PoolStart, PoolEnd: a.PoolEnd, Reservations: reserved4,
-		Search: search, MTU: link.MTU, Logger: c.Logger,
+		Search: search, MTU: link.MTU, Logger: c.Logger, Saved: s.Leases4, Changed: h.leases4,
 	})
 	if err != nil {
 		return err
@@ -255,7 +275,7 @@ func (g *gateway) addDHCP(c Config, a Addresses, link agent.Link, mac [6]byte) e
 	s6, err := dhcp.New6(dhcp.Config6{
 		Conn: conn, Prefix: a.Prefix6, Gateway: a.Gateway6, LinkAddr: net.HardwareAddr(mac[:]), DNS: dns6,
 		Search: search, PoolStart: addrIn(a.Prefix6, pool6Start), PoolEnd: addrIn(a.Prefix6, pool6End),
-		Reservations: reserved6, Logger: c.Logger,
+		Reservations: reserved6, Logger: c.Logger, Saved: s.Leases6, Changed: h.leases6,
 	})
 	if err != nil {
 		return err
@@ -291,6 +311,31 @@ func (g *gateway) setDefaultRouter6(on bool) {
 	if g.ra != nil {
 		g.ra.SetDefaultRouter(on)
 	}
+}
+
+// setLocal tells which addresses are the host's own.
+func (g *gateway) setLocal(local []netip.Prefix) { g.policy.SetLocal(local) }
+
+// setResolvConf tells what the host's resolv.conf says.
+func (g *gateway) setResolvConf(rc dns.ResolvConf) {
+	if g.dns != nil {
+		g.dns.SetResolvConf(rc)
+	}
+}
+
+// publish implements inlet.
+func (g *gateway) publish(ctx context.Context, _ Forward, in forwarder.Inbound) (uint64, error) {
+	return g.fwd.Publish(ctx, in)
+}
+
+// unpublish implements inlet.
+func (g *gateway) unpublish(ctx context.Context, number uint64) error {
+	return g.fwd.Unpublish(ctx, number)
+}
+
+// useInside implements inlet.
+func (g *gateway) useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error {
+	return g.fwd.UseInside(ctx, s, own...)
 }
 
 // run serves the guest.

@@ -84,7 +84,7 @@ func newFuzzGateway(t testing.TB) *fuzzGateway {
 		t.Fatal(err)
 	}
 	guest := net.HardwareAddr(rig.GuestFrames()[1][6:12])
-	g, err := newGateway(c, agent.Link{FD: fds[0], MAC: guest, Kind: agent.TAP, Name: "tap0", MTU: 1500, VnetHdr: true, Offload: true, USO: true}, &host{log: c.Logger})
+	g, err := newGateway(c, agent.Link{FD: fds[0], MAC: guest, Kind: agent.TAP, Name: "tap0", MTU: 1500, VnetHdr: true, Offload: true, USO: true}, seed{Default6: true, Records: c.records()}, hooks{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,17 +8,22 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/dns"
 )
 
-// host knows what the host's routing says: which addresses are the host's own,
-// and whether IPv6 leads anywhere.
+// host knows what the host's routing and its resolv.conf say: which addresses are
+// the host's own, whether IPv6 leads anywhere, and whom to ask for names.
 type host struct {
+	resolv  string // path of resolv.conf; empty if it does not matter
+	needed  bool   // nobody else can be asked
 	log     *slog.Logger
 	updates chan netlink.RouteUpdate
 	stop    chan struct{}
@@ -27,7 +32,16 @@ type host struct {
 	mu    sync.Mutex // guards following
 	local []netip.Prefix
 	def6  bool
-	tell  func([]netip.Prefix)
+	conf  dns.ResolvConf
+	tell  hostListener // nil before it is told
+
+	failing bool // resolv.conf cannot be used; run's
+}
+
+// A hostListener is told what changes.
+type hostListener interface {
+	setLocal(local []netip.Prefix)
+	setResolvConf(rc dns.ResolvConf)
 }
 
 // settle is how long the host's routes must be quiet before they are read
@@ -45,12 +59,16 @@ func watchHost(c Config, log *slog.Logger) (*host, error) {
 	if c.NoGuard && (errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EAFNOSUPPORT)) {
 		log.Info("the host's routes cannot be read", "err", err)
 		h.updates, h.def6 = nil, true
-		return h, nil
+		return h, h.findResolvConf(c)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("watch the host's routes: %w", err)
 	}
 	if err := h.read(); err != nil {
+		h.close()
+		return nil, err
+	}
+	if err := h.findResolvConf(c); err != nil {
 		h.close()
 		return nil, err
 	}
@@ -108,7 +126,7 @@ func (h *host) read() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !slices.Equal(local, h.local) && h.tell != nil {
-		h.tell(local)
+		h.tell.setLocal(local)
 	}
 	h.local = local
 	if def6 != h.def6 {
@@ -126,12 +144,57 @@ func isDefault(r netlink.Route) bool {
 	return ones == 0
 }
 
-// onLocal has f told the host's own addresses, now and when they change.
-func (h *host) onLocal(f func([]netip.Prefix)) {
+// findResolvConf reads resolv.conf for the first time, if it is needed.
+func (h *host) findResolvConf(c Config) error {
+	if c.NoDNS {
+		return nil
+	}
+	path, err := filepath.Abs(c.ResolvConf)
+	if err != nil {
+		return fmt.Errorf("find resolv.conf: %w", err)
+	}
+	h.resolv, h.needed = path, len(c.DNS) == 0
+	h.reload()
+	return nil
+}
+
+// reload reads resolv.conf. As long as the file is missing, empty or without a
+// server, what it last said stays in force.
+func (h *host) reload() {
+	rc, err := dns.ReadResolvConf(h.resolv)
+	if err != nil {
+		if !h.failing && h.needed {
+			h.log.Warn("reading resolv.conf failed; keeping what it said before", "path", h.resolv, "err", err)
+		}
+		h.failing = true
+		return
+	}
+	h.failing = false
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.tell = f
-	f(h.local)
+	if slices.Equal(rc.Servers, h.conf.Servers) && slices.Equal(rc.Search, h.conf.Search) {
+		return
+	}
+	h.conf = rc
+	if h.tell != nil {
+		h.tell.setResolvConf(rc)
+	}
+}
+
+// sow fills in what the host says.
+func (h *host) sow(s *seed) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.Local, s.ResolvConf = h.local, h.conf
+}
+
+// follow has e told what changes, and what has changed since sow.
+func (h *host) follow(e hostListener) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.tell = e
+	e.setLocal(h.local)
+	e.setResolvConf(h.conf)
 }
 
 // default6 reports whether the host has an IPv6 default route.
@@ -144,8 +207,13 @@ func (h *host) default6() bool {
 // changed receives after default6 has changed.
 func (h *host) changed() <-chan struct{} { return h.notify }
 
-// run follows the host's routes until ctx is done.
+// run follows the host until ctx is done.
 func (h *host) run(ctx context.Context) error {
+	if h.resolv != "" {
+		var reading sync.WaitGroup
+		reading.Go(func() { dns.FollowResolvConf(ctx, h.resolv, h.log, h.reload) })
+		defer reading.Wait()
+	}
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
 	defer timer.Stop()

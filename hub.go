@@ -529,14 +529,16 @@ func (h *hubServer) open(q *joinRequest) error {
 		h.host.close()
 		return err
 	}
-	gw, err := joinRooms(c, link, h.host, sw, sw.Endpoint)
+	s := seed{Records: c.records(), Default6: c.hasIPv6() && (c.IPv6 == IPv6On || h.host.default6())}
+	h.host.sow(&s)
+	gw, err := joinRooms(c, link, s, hooks{}, sw, sw.Endpoint)
 	if err != nil {
 		h.host.close()
 		return err
 	}
 	h.cfg, h.settings, h.link, h.sw, h.gw, h.since = c, c.hubSettings(), link, sw, gw, time.Now()
-	h.default6 = c.hasIPv6() && (c.IPv6 == IPv6On || h.host.default6())
-	gw.setDefaultRouter6(h.default6)
+	h.default6 = s.Default6
+	h.host.follow(gw)
 	ctx, cancel := context.WithCancel(context.Background())
 	h.stop, h.stopped = cancel, make(chan struct{})
 	go func() {

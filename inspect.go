@@ -20,10 +20,21 @@ import (
 
 // live is what a Network has while it runs.
 type live struct {
-	link    agent.Link
-	inode   uint64
-	gateway *gateway
-	since   time.Time
+	link   agent.Link
+	inode  uint64
+	engine engine
+	since  time.Time
+}
+
+// ask has f ask the engine of a running network.
+func (n *Network) ask(f func(context.Context, engine) error) error {
+	l := n.live.Load()
+	if l == nil {
+		return ErrNotRunning
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), engineTime)
+	defer cancel()
+	return f(ctx, l.engine)
 }
 
 // ErrNoFlow is the error of KillFlow for an ID that no flow has.
@@ -63,6 +74,21 @@ type Info struct {
 	HostLoopback bool     `json:"host_loopback"`
 	HostPorts    []uint16 `json:"host_ports,omitempty"`
 	Reverse      []string `json:"reverse,omitempty"` // as ParseReverse takes them
+
+	Sandbox SandboxInfo `json:"sandbox"`
+}
+
+// SandboxInfo tells what the process that faces the guest, the worker, is kept
+// from.
+type SandboxInfo struct {
+	WorkerPID      int  `json:"worker_pid,omitempty"`
+	NoNewPrivs     bool `json:"no_new_privs"`    // no exec gains rights
+	NoCapabilities bool `json:"no_capabilities"` // it has none, and can gain none
+	NotDumpable    bool `json:"not_dumpable"`    // other processes cannot look into it
+	Seccomp        bool `json:"seccomp"`         // only moving packets is left of the system calls
+	Landlock       int  `json:"landlock"`        // version by which all files are closed; 0: the kernel has none
+	// Missing says why something is not in force.
+	Missing string `json:"missing,omitempty"`
 }
 
 // A Subnet is a guest's, of one family.
@@ -109,6 +135,11 @@ func (n *Network) Info() Info {
 		i.Since, i.NetnsInode = l.since.Round(0), l.inode
 		i.Interface, i.Link, i.MTU, i.Offload = l.link.Name, string(l.link.Kind), l.link.MTU, l.link.Offload
 		i.MAC = net.HardwareAddr(l.link.MAC).String()
+		if r, ok := l.engine.(*remote); ok {
+			i.Sandbox = r.sandboxInfo()
+		} else {
+			i.Sandbox.Missing = "there is no process of its own for the gateway"
+		}
 	} else {
 		i.Ready = false
 	}
@@ -150,7 +181,12 @@ func (n *Network) Flows(ctx context.Context) ([]Flow, error) {
 	if l == nil {
 		return nil, ErrNotRunning
 	}
-	list, err := l.gateway.fwd.Flows(ctx)
+	return l.engine.flows(ctx)
+}
+
+// flows implements engine.
+func (g *gateway) flows(ctx context.Context) ([]Flow, error) {
+	list, err := g.fwd.Flows(ctx)
 	if err != nil {
 		return nil, ended(err)
 	}
@@ -186,11 +222,16 @@ func (n *Network) KillFlow(ctx context.Context, id string) error {
 	if l == nil {
 		return ErrNotRunning
 	}
+	return l.engine.killFlow(ctx, id)
+}
+
+// killFlow implements engine.
+func (g *gateway) killFlow(ctx context.Context, id string) error {
 	num, ok := forwarder.ParseFlowID(id)
 	if !ok {
 		return ErrNoFlow
 	}
-	err := l.gateway.fwd.KillFlow(ctx, num)
+	err := g.fwd.KillFlow(ctx, num)
 	switch {
 	case err == nil:
 		return nil
@@ -198,6 +239,16 @@ func (n *Network) KillFlow(ctx context.Context, id string) error {
 		return ErrNoFlow
 	}
 	return ended(err)
+}
+
+// LogLevelChanged tells a running network that the Logger of its Config takes
+// other levels than before.
+func (n *Network) LogLevelChanged() {
+	if l := n.live.Load(); l != nil {
+		if r, ok := l.engine.(*remote); ok {
+			r.setLogLevel()
+		}
+	}
 }
 
 // A Lease is an address that a guest has by DHCP.
@@ -220,13 +271,22 @@ func (n *Network) Leases() []Lease {
 		return leases
 	}
 	leases := []Lease{}
-	l := n.live.Load()
-	if l == nil {
-		return leases
-	}
-	list := l.gateway.dhcp4.Leases()
-	if l.gateway.dhcp6 != nil {
-		list = append(list, l.gateway.dhcp6.Leases()...)
+	_ = n.ask(func(ctx context.Context, e engine) error {
+		list, err := e.leases(ctx)
+		if err == nil {
+			leases = list
+		}
+		return err
+	})
+	return leases
+}
+
+// leases implements engine.
+func (g *gateway) leases(context.Context) ([]Lease, error) {
+	leases := []Lease{}
+	list := g.dhcp4.Leases()
+	if g.dhcp6 != nil {
+		list = append(list, g.dhcp6.Leases()...)
 	}
 	slices.SortFunc(list, func(a, b dhcp.Lease) int { return a.Addr.Compare(b.Addr) })
 	for _, d := range list {
@@ -235,7 +295,7 @@ func (n *Network) Leases() []Lease {
 			Offered: d.Offered, Since: d.Start.Round(0), Expires: d.Expires.Round(0),
 		})
 	}
-	return leases
+	return leases, nil
 }
 
 // A Record is a name that the DNS server answers by itself.
@@ -248,20 +308,24 @@ type Record struct {
 const maxRecords = 4096
 
 // Records lists the names that the DNS server answers by itself.
-func (n *Network) Records() ([]Record, error) {
+func (n *Network) Records() (records []Record, err error) {
 	if m := n.member.Load(); m != nil {
-		var records []Record
-		err := m.ask(context.Background(), hubRequest{Op: opRecords}, &records)
+		err = m.ask(context.Background(), hubRequest{Op: opRecords}, &records)
 		return records, err
 	}
-	l := n.live.Load()
-	switch {
-	case l == nil:
-		return nil, ErrNotRunning
-	case l.gateway.dns == nil:
+	err = n.ask(func(ctx context.Context, e engine) (err error) {
+		records, err = e.records(ctx)
+		return err
+	})
+	return records, err
+}
+
+// records implements engine.
+func (g *gateway) records(context.Context) ([]Record, error) {
+	if g.dns == nil {
 		return nil, ErrNoDNS
 	}
-	all := l.gateway.dns.Records()
+	all := g.dns.Records()
 	records := make([]Record, 0, len(all))
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		records = append(records, Record{name, all[name]})
@@ -274,18 +338,20 @@ func (n *Network) SetRecord(name string, addrs ...netip.Addr) error {
 	if m := n.member.Load(); m != nil {
 		return m.ask(context.Background(), hubRequest{Op: opSetRecord, Text: name, Addrs: addrs}, nil)
 	}
-	l := n.live.Load()
+	return n.ask(func(ctx context.Context, e engine) error { return e.setRecord(ctx, name, addrs) })
+}
+
+// setRecord implements engine.
+func (g *gateway) setRecord(_ context.Context, name string, addrs []netip.Addr) error {
 	switch {
-	case l == nil:
-		return ErrNotRunning
-	case l.gateway.dns == nil:
+	case g.dns == nil:
 		return ErrNoDNS
 	case len(addrs) == 0:
 		return badConfig("name %q: give it an address", name)
-	case len(l.gateway.dns.Records()) >= maxRecords:
+	case len(g.dns.Records()) >= maxRecords:
 		return badConfig("name %q: there are %d already: remove some", name, maxRecords)
 	}
-	if err := l.gateway.dns.SetRecord(name, addrs...); err != nil {
+	if err := g.dns.SetRecord(name, addrs...); err != nil {
 		return badConfig("%v", err)
 	}
 	return nil
@@ -296,13 +362,15 @@ func (n *Network) RemoveRecord(name string) error {
 	if m := n.member.Load(); m != nil {
 		return m.ask(context.Background(), hubRequest{Op: opRemRecord, Text: name}, nil)
 	}
-	l := n.live.Load()
+	return n.ask(func(ctx context.Context, e engine) error { return e.removeRecord(ctx, name) })
+}
+
+// removeRecord implements engine.
+func (g *gateway) removeRecord(_ context.Context, name string) error {
 	switch {
-	case l == nil:
-		return ErrNotRunning
-	case l.gateway.dns == nil:
+	case g.dns == nil:
 		return ErrNoDNS
-	case !l.gateway.dns.RemoveRecord(name):
+	case !g.dns.RemoveRecord(name):
 		return ErrNoRecord
 	}
 	return nil
@@ -324,7 +392,7 @@ var ErrCaptures = errors.New("usernet: too many captures run already: end one fi
 // dropped and counted in what it gets. Published TCP ports that bypass the link
 // are not on it.
 func (n *Network) Capture(ctx context.Context, w io.Writer, o CaptureOptions) error {
-	filter, err := capture.ParseFilter(o.Filter)
+	_, err := capture.ParseFilter(o.Filter)
 	switch {
 	case err != nil:
 		return badConfig("capture: %v", err)
@@ -335,17 +403,27 @@ func (n *Network) Capture(ctx context.Context, w io.Writer, o CaptureOptions) er
 	switch {
 	case l == nil:
 		return ErrNotRunning
-	case l.gateway == nil:
+	case l.engine == nil:
 		return fmt.Errorf("usernet: capture: %w on a shared network, whose frames are its hub's: use tcpdump inside", errors.ErrUnsupported)
 	}
-	err = l.gateway.link.Recorder().Stream(ctx, w, capture.Options{Name: l.link.Name, Filter: filter, Snaplen: o.Snaplen})
-	switch {
-	case errors.Is(err, capture.ErrBusy):
-		return ErrCaptures
-	case err != nil:
+	err = l.engine.capture(ctx, w, l.link.Name, o)
+	if err != nil && !errors.Is(err, ErrCaptures) {
 		return fmt.Errorf("usernet: capture: %w", err)
 	}
-	return nil
+	return err
+}
+
+// capture implements engine.
+func (g *gateway) capture(ctx context.Context, w io.Writer, name string, o CaptureOptions) error {
+	filter, err := capture.ParseFilter(o.Filter)
+	if err != nil {
+		return err
+	}
+	err = g.link.Recorder().Stream(ctx, w, capture.Options{Name: name, Filter: filter, Snaplen: o.Snaplen})
+	if errors.Is(err, capture.ErrBusy) {
+		return ErrCaptures
+	}
+	return err
 }
 
 // Stats are counters since the network began, but for those that say "now".
@@ -366,6 +444,9 @@ type Stats struct {
 // ProcessStats tell what serving takes.
 type ProcessStats struct {
 	GoroutinesNow int `json:"goroutines_now"` // a flow has none of its own
+	// Restarts counts workers that have taken the place of one that had ended:
+	// with each, the other counters begin anew.
+	Restarts uint64 `json:"worker_restarts"`
 }
 
 // FlowStats count what the guest has begun, and what became of it.
@@ -468,16 +549,24 @@ type DHCPStats struct {
 
 // Stats returns the counters.
 func (n *Network) Stats() Stats {
+	var s Stats
 	if m := n.member.Load(); m != nil {
-		var s Stats
 		_ = m.ask(context.Background(), hubRequest{Op: opStats}, &s)
 		return s
 	}
-	l := n.live.Load()
-	if l == nil {
-		return Stats{}
-	}
-	g := l.gateway
+	_ = n.ask(func(ctx context.Context, e engine) error {
+		got, err := e.stats(ctx)
+		if err == nil {
+			s = got
+			s.Forwards = len(n.Forwards())
+		}
+		return err
+	})
+	return s
+}
+
+// stats implements engine.
+func (g *gateway) stats(context.Context) (Stats, error) {
 	f, link, st, ns := g.fwd.Stats(), g.link.Stats(), g.stack.Stats(), g.fwd.Netstack()
 	s := Stats{
 		Flows: FlowStats{
@@ -504,8 +593,7 @@ func (n *Network) Stats() Stats {
 			ResetsSent: ns.ResetsSent, ResetsReceived: ns.ResetsReceived, EstablishedNow: ns.Established,
 			AcksHeld: link.AcksHeld.Load(), AcksLate: link.AcksSent.Load(),
 		},
-		Forwards: len(n.Forwards()),
-		Process:  ProcessStats{GoroutinesNow: runtime.NumGoroutine()},
+		Process: ProcessStats{GoroutinesNow: runtime.NumGoroutine()},
 	}
 	if g.dns != nil {
 		d := g.dns.Stats()
@@ -522,7 +610,7 @@ func (n *Network) Stats() Stats {
 		six := s.addDHCP(g.dhcp6.Stats(), len(g.dhcp6.Leases()))
 		s.DHCP6 = &six
 	}
-	return s
+	return s, nil
 }
 
 func (s *Stats) addDHCP(d dhcp.Stats, leases int) DHCPStats {

@@ -92,27 +92,12 @@ func newPublisher(c Config, at *attachment, in inlet) *publisher {
 	return &publisher{cfg: c, log: c.Logger, inlet: in, agent: at.agent}
 }
 
-// An inlet is what lets clients in: the forwarder, or that of a shared network.
+// An inlet is what lets clients in: an engine, or that of a shared network.
 type inlet interface {
 	// publish takes in.FDs, whatever it returns.
 	publish(ctx context.Context, f Forward, in forwarder.Inbound) (number uint64, err error)
 	unpublish(ctx context.Context, number uint64) error
 	useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error
-}
-
-// ownInlet is the forwarder of this process.
-type ownInlet struct{ *forwarder.Forwarder }
-
-func (o ownInlet) publish(ctx context.Context, _ Forward, in forwarder.Inbound) (uint64, error) {
-	return o.Publish(ctx, in)
-}
-
-func (o ownInlet) unpublish(ctx context.Context, number uint64) error {
-	return o.Unpublish(ctx, number)
-}
-
-func (o ownInlet) useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error {
-	return o.UseInside(ctx, s, own...)
 }
 
 // addAll publishes what the configuration names.
@@ -247,7 +232,9 @@ func (p *publisher) remove(id string) error {
 		if e.ID == id {
 			p.published = slices.Delete(p.published, i, i+1)
 			e.unlink()
-			if p.inlet.unpublish(context.Background(), e.number) != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), engineTime)
+			defer cancel()
+			if p.inlet.unpublish(ctx, e.number) != nil {
 				return ErrNotRunning
 			}
 			return nil

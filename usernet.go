@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/usernet/usernet/internal/agent"
+	"github.com/usernet/usernet/internal/worker"
 	"github.com/usernet/usernet/tap"
 )
 
@@ -38,8 +39,10 @@ func New(c Config) (*Network, error) {
 }
 
 // AgentMain takes over in usernet's helper processes; it has to be the first
-// call in main.
+// call in main. A program that serves nothing but a TapFile can do without: the
+// gateway runs in its own process then, with no sandbox around it.
 func AgentMain() {
+	worker.Main(serveWorker)
 	agent.Main()
 	hubMain()
 }
@@ -66,6 +69,15 @@ func (n *Network) run(ctx context.Context) error {
 	if err := checkOutbound(n.cfg); err != nil {
 		return fmt.Errorf("usernet: %w", err)
 	}
+	var first *launch // of a worker; nil where there is none, or it is taken
+	if agent.Wired() {
+		first = launchWorker()
+		defer func() {
+			if first != nil {
+				first.abandon()
+			}
+		}()
+	}
 	at, err := attach(ctx, n.cfg)
 	if err != nil {
 		return fmt.Errorf("usernet: %w", err)
@@ -79,15 +91,17 @@ func (n *Network) run(ctx context.Context) error {
 		return fmt.Errorf("usernet: %w", err)
 	}
 	defer host.close()
-	at.owned = false // the gateway's, from here on
-	gw, err := newGateway(n.cfg, at.link, host)
+	worker := first
+	first = nil
+	eng, err := n.startEngine(ctx, at, host, worker)
 	if err != nil {
 		return fmt.Errorf("usernet: %w", err)
 	}
-	defer gw.close()
-	n.live.Store(&live{at.link, at.inode(), gw, time.Now()})
+	defer eng.close()
+	host.follow(eng)
+	n.live.Store(&live{at.link, at.inode(), eng, time.Now()})
 	defer n.live.Store(nil)
-	pub := newPublisher(n.cfg, at, ownInlet{gw.fwd})
+	pub := newPublisher(n.cfg, at, eng)
 	n.publisher.Store(pub)
 	defer func() {
 		n.publisher.Store(nil)
@@ -95,7 +109,7 @@ func (n *Network) run(ctx context.Context) error {
 	}()
 
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return gw.run(ctx) })
+	g.Go(func() error { return eng.run(ctx) })
 	g.Go(func() error { return host.run(ctx) })
 	g.Go(func() error {
 		pub.follow(ctx, n.ready)
@@ -119,7 +133,7 @@ func (n *Network) run(ctx context.Context) error {
 		})
 	}
 	g.Go(func() error {
-		if err := n.serve(ctx, at, host, gw, pub); err != nil {
+		if err := n.serve(ctx, at, host, eng, pub); err != nil {
 			return err
 		}
 		return nil
@@ -138,11 +152,36 @@ func (n *Network) run(ctx context.Context) error {
 	return nil
 }
 
+// startEngine starts what serves the link: the worker, if there is one.
+func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, worker *launch) (engine, error) {
+	s := seed{Records: n.cfg.records(), Default6: n.default6(host)}
+	host.sow(&s)
+	if worker != nil {
+		r, err := startRemote(ctx, n.cfg, at, s, worker)
+		if err != nil { // no typed nil
+			return nil, err
+		}
+		return r, nil
+	}
+	n.log.Info("the gateway runs in this process, without a sandbox: the program does not begin with usernet.AgentMain")
+	at.owned = false // the gateway's, from here on
+	gw, err := newGateway(n.cfg, at.link, s, hooks{})
+	if err != nil {
+		return nil, err
+	}
+	return gw, nil
+}
+
+// default6 reports whether the guest gets an IPv6 default route.
+func (n *Network) default6(host *host) bool {
+	return n.cfg.hasIPv6() && (n.cfg.IPv6 == IPv6On || host.default6())
+}
+
 // serve configures the guest's side, says that it is ready, and follows the
 // host's IPv6 default route.
-func (n *Network) serve(ctx context.Context, at *attachment, host *host, gw *gateway, pub *publisher) error {
-	default6 := n.cfg.hasIPv6() && (n.cfg.IPv6 == IPv6On || host.default6())
-	gw.setDefaultRouter6(default6)
+func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng engine, pub *publisher) error {
+	default6 := n.default6(host)
+	eng.setDefaultRouter6(default6)
 	if err := at.configure(n.cfg, default6); err != nil {
 		return err
 	}
@@ -171,12 +210,12 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, gw *gat
 			}
 			at.forgetAgent()
 		case <-changed:
-			on := n.cfg.hasIPv6() && (n.cfg.IPv6 == IPv6On || host.default6())
+			on := n.default6(host)
 			if on == default6 {
 				continue
 			}
 			default6 = on
-			gw.setDefaultRouter6(on)
+			eng.setDefaultRouter6(on)
 			if err := at.setDefaultRoute6(on); err != nil {
 				n.log.Warn("cannot change the IPv6 default route inside", "on", on, "err", err)
 			}

@@ -112,6 +112,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	enum(logs, &f.level, "log-level", defaultLevel, []string{"debug", "info", "warn", "error"}, "log from this level on")
 	enum(logs, &f.format, "log-format", "text", []string{"text", "json"}, "format of the log on stderr")
 	define(logs, &f.pcap, "pcap", "FILE", "", text, "write all frames of the guest's link to this file, as pcapng; usernet capture is for some of them, for a while")
+	logs.BoolVar(&c.NoSandbox, "no-sandbox", false, "leave the process that faces the guest its rights, for finding faults only")
 
 	return []group{
 		{"Network", link},
@@ -119,7 +120,7 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 		{"Names", names},
 		{"Host side (SPEC is [ADDR:]HOSTPORT[-END]:GUESTPORT[-END][/tcp|udp], or unix:/PATH:GUESTPORT)", host},
 		{"Egress policy (RULE is CIDR[:PORT[-END]][/tcp|udp|icmp], IPv6 with ports as [CIDR]:PORT)", egress},
-		{"Log", logs},
+		{"Log and debugging", logs},
 	}
 }
 

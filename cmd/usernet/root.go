@@ -220,7 +220,7 @@ func serve(ctx context.Context, n *usernet.Network, ready, exit *os.File, tell f
 		})
 	}
 	helpers.Go(func() { announce(ctx, n, ready, tell, log) })
-	tuneRuntime()
+	tuneRuntime(ctx, n.Ready())
 	return n.Run(ctx)
 }
 

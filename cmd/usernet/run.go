@@ -115,7 +115,7 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer sock.serve(ctx, n, &r.levelVar, c.Logger)()
 	network := make(chan error, 1)
-	tuneRuntime()
+	tuneRuntime(ctx, n.Ready())
 	go func() { network <- n.Run(ctx) }() // ends with ctx
 	defer func() {
 		cancel()

@@ -1,36 +1,37 @@
 package main
 
 import (
+	"context"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"time"
+
+	"github.com/usernet/usernet/internal/memory"
 )
 
-// The engine is one goroutine, and netstack's work is done between its turns.
-// With a second thread the two wake each other for every segment: measured on
-// two cores, one thread carries more and answers sooner.
-const threads = 1
-
-// The heap of a network at rest is a few megabytes, and a bulk transfer would
-// have it collected a hundred times a second. The ballast is never touched, so
-// it takes no memory; the collector counts it all the same and lets garbage grow
-// to a quarter of it, whatever else lives.
-const (
-	ballastSize = 32 << 20
-	gcPercent   = 25
-)
-
-//lint:ignore U1000 being referenced is its use
-var ballast []byte
-
-// tuneRuntime prepares this process for carrying traffic. What the environment
+// tuneRuntime prepares this process for looking after the one that carries
+// traffic: it has little to do, and its memory adds to that. What the environment
 // says about the Go runtime goes before.
-func tuneRuntime() {
+func tuneRuntime(ctx context.Context, ready <-chan struct{}) {
 	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(threads)
+		runtime.GOMAXPROCS(1)
 	}
 	if os.Getenv("GOGC") == "" {
-		ballast = make([]byte, ballastSize)
-		debug.SetGCPercent(gcPercent)
+		const percent = 25
+		debug.SetGCPercent(percent)
 	}
+	go func() {
+		select {
+		case <-ready:
+		case <-ctx.Done():
+			return
+		}
+		const settled = 200 * time.Millisecond // whoever waited goes first
+		select {
+		case <-time.After(settled):
+			memory.Trim()
+		case <-ctx.Done():
+		}
+	}()
 }

@@ -278,7 +278,7 @@ func (s *slirp) serve(ctx context.Context) error {
 			}
 		}
 	})
-	tuneRuntime()
+	tuneRuntime(ctx, n.Ready())
 	err = n.Run(ctx)
 	switch cause := context.Cause(ctx); {
 	case cause == nil:

@@ -256,6 +256,7 @@ func (s *Server) putLevel(r *request) (int, any, error) {
 		return 0, nil, badRequest("level %q: choose one of debug, info, warn, error", body.Level)
 	}
 	s.cfg.Level.Set(level)
+	s.cfg.Network.LogLevelChanged()
 	return http.StatusNoContent, nil, nil
 }
 

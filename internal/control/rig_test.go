@@ -126,6 +126,7 @@ func (s *state) Capture(_ context.Context, w io.Writer, o usernet.CaptureOptions
 	_, err := io.WriteString(w, "frames")
 	return err
 }
+func (s *state) LogLevelChanged() {}
 
 func (s *state) RemoveForward(id string) error {
 	s.mu.Lock()

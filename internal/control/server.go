@@ -44,6 +44,7 @@ type Network interface {
 	AddForward(context.Context, usernet.Forward) (usernet.ForwardInfo, error)
 	RemoveForward(id string) error
 	Capture(context.Context, io.Writer, usernet.CaptureOptions) error
+	LogLevelChanged()
 }
 
 // Config says what a Server serves. Network is required.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -220,7 +221,7 @@ func TestControlRun(t *testing.T) {
 	p := usernetRun(t, w.Net, "--", "sh", "-c", `echo started; while ! [ -e /run/user/1000/go ]; do sleep 0.05; done
 `+rig.Binary(t)+` info; echo status $?; `+rig.Binary(t)+` info --api-socket /run/user/1000/usernet/*.sock; echo status $?`)
 	p.WaitOutput(t, "started", 10*time.Second)
-	if text := mustCtl(t, w, "info"); !strings.Contains(text, "ready          true") {
+	if text := mustCtl(t, w, "info"); !regexp.MustCompile(`(?m)^ready +true$`).MatchString(text) {
 		t.Errorf("info:\n%s", text)
 	}
 	w.User.Must(t, "touch", "/run/user/1000/go")
