@@ -70,7 +70,7 @@ func (n *Network) run(ctx context.Context) error {
 		return fmt.Errorf("usernet: %w", err)
 	}
 	var first *launch // of a worker; nil where there is none, or it is taken
-	if agent.Wired() {
+	if agent.Wired() && n.cfg.Network == "" {
 		first = launchWorker()
 		defer func() {
 			if first != nil {
@@ -91,9 +91,9 @@ func (n *Network) run(ctx context.Context) error {
 		return fmt.Errorf("usernet: %w", err)
 	}
 	defer host.close()
-	worker := first
+	taken := first
 	first = nil
-	eng, err := n.startEngine(ctx, at, host, worker)
+	eng, err := n.startEngine(ctx, at, host, taken)
 	if err != nil {
 		return fmt.Errorf("usernet: %w", err)
 	}
@@ -153,17 +153,21 @@ func (n *Network) run(ctx context.Context) error {
 }
 
 // startEngine starts what serves the link: the worker, if there is one.
-func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, worker *launch) (engine, error) {
+func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, first *launch) (engine, error) {
 	s := seed{Records: n.cfg.records(), Default6: n.default6(host)}
 	host.sow(&s)
-	if worker != nil {
-		r, err := startRemote(ctx, n.cfg, at, s, worker)
-		if err != nil { // no typed nil
+	if first != nil {
+		r, err := startRemote(ctx, n.cfg, at, s, first)
+		if err == nil {
+			return r, nil
+		}
+		if !errors.Is(err, worker.ErrNoSockets) {
 			return nil, err
 		}
-		return r, nil
+		n.log.Info("the gateway runs in this process, without a sandbox", "err", err)
+	} else {
+		n.log.Info("the gateway runs in this process, without a sandbox: the program does not begin with usernet.AgentMain")
 	}
-	n.log.Info("the gateway runs in this process, without a sandbox: the program does not begin with usernet.AgentMain")
 	at.owned = false // the gateway's, from here on
 	gw, err := newGateway(n.cfg, at.link, s, hooks{})
 	if err != nil {

@@ -32,6 +32,11 @@ type Process struct {
 	stderr words
 }
 
+// ErrNoSockets is the error of Start where there is no way to speak with a worker:
+// a caller's sandbox may forbid socketpair(2), or, as that of GNU Guix does, have
+// it do nothing and report success.
+var ErrNoSockets = errors.New("there are no socket pairs")
+
 // Start starts a worker, which waits to be told what to do. Serve has to be called.
 func Start() (*Process, error) {
 	p, err := start()
@@ -44,7 +49,10 @@ func Start() (*Process, error) {
 func start() (*Process, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("make a socket pair: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrNoSockets, err)
+	}
+	if kind, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_TYPE); err != nil || kind != unix.SOCK_SEQPACKET {
+		return nil, ErrNoSockets // and what is in fds was there before
 	}
 	theirs := os.NewFile(uintptr(fds[1]), "worker's end")
 	defer theirs.Close()
