@@ -181,6 +181,22 @@ func (h *host) reload() {
 	}
 }
 
+// resolvers are the DNS servers that are asked.
+func (h *host) resolvers(c Config) []netip.AddrPort {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(c.DNS) == 0 {
+		return h.conf.Servers
+	}
+	list := slices.Clone(c.DNS)
+	for i, a := range list {
+		if a.Port() == 0 {
+			list[i] = netip.AddrPortFrom(a.Addr(), dnsPort)
+		}
+	}
+	return list
+}
+
 // sow fills in what the host says.
 func (h *host) sow(s *seed) {
 	h.mu.Lock()

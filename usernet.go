@@ -197,8 +197,8 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng eng
 	}
 	about := []any{"interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,
 		"offload", at.link.Offload, "addresses", n.cfg.Configure}
-	if gw.dns != nil {
-		about = append(about, "dns", gw.dns.Upstreams())
+	if !n.cfg.NoDNS {
+		about = append(about, "dns", host.resolvers(n.cfg))
 	}
 	n.log.Info("ready", about...)
 	close(n.ready)

@@ -36,7 +36,7 @@ type Server struct {
 	logged    limiter
 
 	// Of Run.
-	running bool
+	running atomic.Bool
 	ctx     context.Context
 	sockets sockets
 	tasks   sync.WaitGroup
@@ -102,7 +102,7 @@ func (s *Server) Run(parent context.Context) error {
 	if err := s.sockets.start(s); err != nil {
 		return fmt.Errorf("dns: %w", err)
 	}
-	s.running = true
+	s.running.Store(true)
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
 	var stop context.CancelFunc
@@ -249,7 +249,7 @@ func (s *Server) setUpstreams(addrs []netip.AddrPort) bool {
 	// Others may know other names, and answer who waits for the old ones.
 	s.cache.flush()
 	s.redirect(set)
-	if s.running && s.logged.allow(s.now()) {
+	if s.running.Load() && s.logged.allow(s.now()) {
 		s.log.Info("upstreams changed", "upstreams", usable)
 	}
 	return true
