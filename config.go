@@ -215,22 +215,22 @@ const (
 )
 
 // Addresses returns the addresses that c gives to gateway, DNS server and guest.
-// Of a Network whose subnet is not set there are none.
+// Of a Network whose subnets are not set there are none.
 func (c Config) Addresses() Addresses {
 	c = c.withDefaults()
-	if !c.CIDR.IsValid() {
-		return Addresses{} // the network's, which is not known yet
+	var a Addresses
+	if c.CIDR.IsValid() {
+		a = Addresses{
+			Prefix4:   c.CIDR,
+			Gateway4:  addrIn(c.CIDR, gatewayHost),
+			DNS4:      addrIn(c.CIDR, dnsHost),
+			Guest4:    c.Guest4,
+			PoolStart: addrIn(c.CIDR, poolStartHost),
+			PoolEnd:   addrIn(c.CIDR, poolEndHost),
+		}
+		setDefault(&a.Guest4, addrIn(c.CIDR, guestHost))
 	}
-	a := Addresses{
-		Prefix4:   c.CIDR,
-		Gateway4:  addrIn(c.CIDR, gatewayHost),
-		DNS4:      addrIn(c.CIDR, dnsHost),
-		Guest4:    c.Guest4,
-		PoolStart: addrIn(c.CIDR, poolStartHost),
-		PoolEnd:   addrIn(c.CIDR, poolEndHost),
-	}
-	setDefault(&a.Guest4, addrIn(c.CIDR, guestHost))
-	if c.hasIPv6() {
+	if c.hasIPv6() && c.CIDR6.IsValid() {
 		a.Prefix6 = c.CIDR6
 		a.Gateway6 = addrIn(c.CIDR6, gatewayHost)
 		a.DNS6 = addrIn(c.CIDR6, dnsHost)

@@ -153,17 +153,18 @@ const (
 )
 
 type hubRequest struct {
-	ID      uint64         `json:"id"`
-	Op      string         `json:"op"`
-	Join    *joinRequest   `json:"join,omitempty"`
-	Forward *Forward       `json:"forward,omitempty"`
-	Guest4  netip.AddrPort `json:"guest4,omitzero"`
-	Guest6  netip.AddrPort `json:"guest6,omitzero"`
-	Number  uint64         `json:"number,omitempty"`
-	Inside  *agent.Inside  `json:"inside,omitempty"`
-	Addrs   []netip.Addr   `json:"addrs,omitempty"`
-	Text    string         `json:"text,omitempty"`
-	Force   bool           `json:"force,omitempty"`
+	ID     uint64         `json:"id"`
+	Op     string         `json:"op"`
+	Join   *joinRequest   `json:"join,omitempty"`
+	Proto  Protocol       `json:"proto,omitempty"`
+	Proxy  int            `json:"proxy,omitempty"`
+	Guest4 netip.AddrPort `json:"guest4,omitzero"`
+	Guest6 netip.AddrPort `json:"guest6,omitzero"`
+	Number uint64         `json:"number,omitempty"`
+	Inside *agent.Inside  `json:"inside,omitempty"`
+	Addrs  []netip.Addr   `json:"addrs,omitempty"`
+	Text   string         `json:"text,omitempty"`
+	Force  bool           `json:"force,omitempty"`
 }
 
 type hubReply struct {
@@ -198,6 +199,7 @@ type joinReply struct {
 	Addr4    netip.Addr  `json:"addr4"`
 	Addr6    netip.Addr  `json:"addr6,omitzero"`
 	Default6 bool        `json:"default6"`
+	Search   []string    `json:"search,omitempty"`
 }
 
 // hubState is what a hub's successor reads.
@@ -491,7 +493,7 @@ func (h *hubServer) join(c *hub.Conn, pid int, q *joinRequest, fds []int) (m *me
 	delete(h.kept, m.MemberID)
 	h.save()
 	h.log.Info("joined", "member", m.title(), "address", m.addr4, "pid", pid)
-	return m, &joinReply{h.settings, m.addr4, m.addr6, h.default6}, nil
+	return m, &joinReply{h.settings, m.addr4, m.addr6, h.default6, h.gw.search(h.cfg)()}, nil
 }
 
 // errHubEnds is for those who come too late; they come again.
@@ -867,22 +869,22 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 	}
 	switch q.Op {
 	case opPublish:
-		if q.Forward == nil || len(fds) == 0 {
+		if q.Proto != TCP && q.Proto != UDP || len(fds) == 0 {
 			return nil, errors.New("the request is incomplete")
 		}
 		for _, g := range []netip.AddrPort{q.Guest4, q.Guest6} {
 			if g.IsValid() && !slices.Contains(m.addresses(), g.Addr()) {
-				return nil, badConfig("publish %v: on a shared network a guest publishes its own addresses: leave the address out", *q.Forward)
+				return nil, badConfig("publish %v: on a shared network a guest publishes its own addresses: leave the address out", q.Text)
 			}
 		}
-		in := forwarder.Inbound{Proto: uint8(q.Forward.Protocol), FDs: fds, Guest4: q.Guest4, Guest6: q.Guest6}
-		if q.Forward.Proxy != 0 {
-			in.Preface = proxyHeader(q.Forward.Proxy)
+		in := forwarder.Inbound{Proto: uint8(q.Proto), FDs: fds, Guest4: q.Guest4, Guest6: q.Guest6}
+		if q.Proxy != 0 {
+			in.Preface = proxyHeader(q.Proxy)
 		}
 		handed = true
 		id, err := h.gw.fwd.Publish(ctx, in)
 		if err == nil {
-			m.ports[q.Number] = hubForward{id, q.Forward.String()}
+			m.ports[q.Number] = hubForward{id, q.Text}
 		}
 		return nil, err
 	case opUnpublish:

@@ -107,6 +107,22 @@ func (n *Network) config() Config {
 	return n.cfg
 }
 
+// Config returns the configuration, with what a shared network has assigned once
+// Ready is closed.
+func (n *Network) Config() Config { return n.config() }
+
+// Search returns the domains in which a shared network would have the guest look
+// names up.
+func (n *Network) Search() []string {
+	m := n.member.Load()
+	if m == nil {
+		return n.cfg.DNSSearch
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.search
+}
+
 // Info returns what the network is. Before Run has attached only what was
 // configured is known.
 func (n *Network) Info() Info {

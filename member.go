@@ -44,6 +44,7 @@ type membership struct {
 
 	mu     sync.Mutex // guards following
 	cfg    Config     // with what the hub has assigned
+	search []string   // where the guest shall look names up
 	hub    *hubClient // nil while there is none
 	opened []opened   // what a new hub has to be told of
 	last   uint64
@@ -222,7 +223,7 @@ func (m *membership) tryJoin(ctx context.Context) (*joinReply, error) {
 	defer m.mu.Unlock()
 	m.cfg = r.Settings.apply(m.cfg)
 	m.cfg.Guest4, m.cfg.Guest6 = r.Addr4, r.Addr6
-	m.hub = c
+	m.hub, m.search = c, r.Search
 	return &r, nil
 }
 
@@ -263,7 +264,7 @@ func (m *membership) reopen(ctx context.Context) error {
 }
 
 func (m *membership) tellOpened(ctx context.Context, o opened) error {
-	q := hubRequest{Op: opPublish, Forward: &o.Forward, Guest4: o.in.Guest4, Guest6: o.in.Guest6, Number: o.number}
+	q := hubRequest{Op: opPublish, Text: o.String(), Proto: o.Protocol, Proxy: o.Proxy, Guest4: o.in.Guest4, Guest6: o.in.Guest6, Number: o.number}
 	return m.hub.ask(ctx, q, nil, o.in.FDs...)
 }
 
@@ -521,7 +522,7 @@ type SwitchStats struct {
 }
 
 // ErrNoNetwork is the error for the name of a shared network that there is not.
-var ErrNoNetwork = errors.New("usernet: there is no such network")
+var ErrNoNetwork = errors.New("usernet: no such network")
 
 // SharedNetworks lists the networks of this user.
 func SharedNetworks(ctx context.Context) ([]SharedNetwork, error) {
@@ -578,7 +579,7 @@ func askHub(ctx context.Context, name string, q hubRequest, answer any) error {
 	}
 	conn, err := hub.Connect(hub.At(base, name))
 	if errors.Is(err, hub.ErrNoHub) {
-		return fmt.Errorf("usernet: find network %s: %w: `usernet network list` shows those there are", name, ErrNoNetwork)
+		return fmt.Errorf("%w: %s: `usernet network list` shows those there are", ErrNoNetwork, name)
 	}
 	if err != nil {
 		return fmt.Errorf("usernet: find network %s: %w", name, err)

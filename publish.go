@@ -142,7 +142,7 @@ func (p *publisher) open(ctx context.Context, info ForwardInfo) (ForwardInfo, er
 	if f.Protocol == TCP {
 		p.prepare(ctx)
 	}
-	if e.number, err = p.inlet.publish(ctx, f, in); err != nil {
+	if e.number, err = p.inlet.publish(ctx, e.Forward, in); err != nil {
 		e.unlink()
 		return ForwardInfo{}, err
 	}

@@ -294,7 +294,11 @@ func printFlows(w io.Writer, flows []usernet.Flow, before map[string]usernet.Flo
 		if f.Host.IsValid() && f.Host != f.Remote {
 			remote += " (" + f.Host.String() + ")"
 		}
-		rows[i] = []string{f.ID, f.Protocol, f.Guest.String(), arrow, remote, f.State, size(f.Up), size(f.Down), seconds(f.Age), seconds(f.Idle)}
+		guest := f.Guest.String()
+		if f.Member != "" {
+			guest += " (" + f.Member + ")"
+		}
+		rows[i] = []string{f.ID, f.Protocol, guest, arrow, remote, f.State, size(f.Up), size(f.Down), seconds(f.Age), seconds(f.Idle)}
 	}
 	return table(w, "ID\tPROTO\tGUEST\t\tREMOTE\tSTATE\t"+up+"\t"+down+"\tAGE\tIDLE", rows)
 }
@@ -333,7 +337,11 @@ func newLeases() *cobra.Command {
 				if x.Offered {
 					state = "offered"
 				}
-				rows[i] = []string{x.Addr.String(), x.MAC, printable(x.Hostname), state, seconds(time.Until(x.Expires).Seconds())}
+				addr := x.Addr.String()
+				if x.Member != "" {
+					addr += " (" + x.Member + ")"
+				}
+				rows[i] = []string{addr, x.MAC, printable(x.Hostname), state, seconds(time.Until(x.Expires).Seconds())}
 			}
 			return table(w, "ADDRESS\tMAC\tHOSTNAME\tSTATE\tEXPIRES IN", rows)
 		})

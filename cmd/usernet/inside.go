@@ -80,8 +80,14 @@ func (i *inside) main() int {
 	if i.events.Encode(event{Ready: true}) != nil {
 		return exitFailure
 	}
+	o = order{}
 	if err := i.orders.Decode(&o); err != nil || !o.Start {
 		return exitFailure
+	}
+	if o.Setup != nil {
+		if m, err = prepareMounts(*o.Setup); err != nil {
+			return i.fail(exitFailure, err)
+		}
 	}
 	if err := dropAmbient(); err != nil {
 		return i.fail(exitFailure, err)

@@ -59,7 +59,7 @@ Exit status: 0 ended by signal, hang-up or the namespace's end, 1 failure,
 	cmd.SetVersionTemplate("{{.Version}}\n")
 	cobra.EnableCommandSorting = false
 	addGroups(cmd, a.groups())
-	for _, c := range []*cobra.Command{newRun(), newForward(), newFlows(), newLeases(), newDNS(), newStats(), newInfo(), newCapture(), newLogLevel(), newSlirp(), newDoctor(), newVersion()} {
+	for _, c := range []*cobra.Command{newRun(), newForward(), newFlows(), newLeases(), newNetwork(), newDNS(), newStats(), newInfo(), newCapture(), newLogLevel(), newSlirp(), newDoctor(), newVersion()} {
 		cmd.AddCommand(c)
 	}
 	return cmd

@@ -86,7 +86,11 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 	notify(signals, deadly)
 	defer signal.Stop(signals)
 
-	s, err := startSpaces(command, r.keepID, newSetup(c), streams{cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()})
+	var early setup // of a shared network the addresses are not known yet
+	if c.Network == "" {
+		early = newSetup(c, c.DNSSearch)
+	}
+	s, err := startSpaces(command, r.keepID, early, streams{cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()})
 	if err != nil {
 		return err
 	}
@@ -128,7 +132,12 @@ func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 		return err
 	}
 	tellChosen(cmd.ErrOrStderr(), c.Publish, n.Forwards()) // stdout is the command's
-	if err := s.send(order{Start: true}); err != nil {
+	start := order{Start: true}
+	if c.Network != "" {
+		late := newSetup(n.Config(), n.Search())
+		start.Setup = &late
+	}
+	if err := s.send(start); err != nil {
 		return err
 	}
 	notify(signals, harmless)
@@ -276,12 +285,12 @@ func exitWith(status int) error {
 func endedBy(s os.Signal) error { return exitWith(signalStatus(s.(syscall.Signal))) }
 
 // newSetup writes the files that the command sees instead of the host's.
-func newSetup(c usernet.Config) setup {
+func newSetup(c usernet.Config, search []string) setup {
 	var s setup
 	if !c.NoDNS {
 		a := c.Addresses()
 		host, _ := os.ReadFile("/etc/resolv.conf")
-		s.ResolvConf = resolvConf(string(host), []netip.Addr{a.DNS4, a.DNS6}, c.DNSSearch)
+		s.ResolvConf = resolvConf(string(host), []netip.Addr{a.DNS4, a.DNS6}, search)
 	}
 	if len(c.AddHosts) > 0 {
 		// Names in the host's file would go before those of our DNS server.

@@ -25,7 +25,7 @@ const spacesName = "usernet-spaces"
 // An order is what that process is told, by a stream of JSON on a socket. The
 // socket's end is an order too: to kill everything and end.
 type order struct {
-	Setup    *setup         `json:"setup,omitempty"`    // the first
+	Setup    *setup         `json:"setup,omitempty"`    // with the first, and what is known later with Start
 	Start    bool           `json:"start,omitempty"`    // run the command
 	Signal   syscall.Signal `json:"signal,omitempty"`   // pass this signal on
 	Continue bool           `json:"continue,omitempty"` // go on after a stop
