@@ -29,8 +29,7 @@ type addrPortConn interface {
 }
 
 // handlerConn is what a conn has that can hand over datagrams where it receives
-// them: no goroutine has to wake for a query. The handler is called by one
-// goroutine at a time.
+// them: no goroutine has to wake for a query.
 type handlerConn interface {
 	Handle(f func(b []byte, from netip.AddrPort))
 }
@@ -88,7 +87,7 @@ func (s *Server) servePackets(ctx context.Context, conn net.PacketConn) error {
 
 // handlePackets answers the datagrams that conn hands over until ctx is done.
 func (s *Server) handlePackets(ctx context.Context, conn handlerConn, c client) {
-	var mu sync.Mutex // guards ended
+	var mu sync.Mutex // guards following
 	ended := false
 	w := &scratch{out: make([]byte, 0, maxMessage)}
 	conn.Handle(func(b []byte, from netip.AddrPort) {

@@ -120,8 +120,24 @@ type packetConn struct {
 }
 
 // Handle has f called with every datagram from now on, where it is received,
-// and ReadFrom find none. f must not block, and must not keep the slice.
-func (c *packetConn) Handle(f func(b []byte, from netip.AddrPort)) { c.handler.Store(&f) }
+// and with those that wait to be read, maybe at the same time. ReadFrom finds
+// none then. f must not block, and must not keep the slice.
+func (c *packetConn) Handle(f func(b []byte, from netip.AddrPort)) {
+	c.handler.Store(&f)
+	c.drain(f)
+}
+
+// drain hands f what waits to be read.
+func (c *packetConn) drain(f func(b []byte, from netip.AddrPort)) {
+	for {
+		select {
+		case p := <-c.ch:
+			f(*p.buf, p.from)
+		default:
+			return
+		}
+	}
+}
 
 // ListenPacket returns a conn for the datagrams that the guest sends to addr.
 // The unspecified IPv4 address receives what is broadcast, besides what is sent
@@ -174,6 +190,9 @@ func (c *packetConn) deliver(from netip.AddrPort, head, tail []byte) {
 	}
 	if !c.put(from, head, tail) {
 		c.s.stats.QueueDropped.Add(1)
+	}
+	if f := c.handler.Load(); f != nil { // since a moment ago
+		c.drain(*f)
 	}
 }
 

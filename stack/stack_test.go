@@ -288,7 +288,28 @@ func TestPacketConn(t *testing.T) {
 	if d := s.Stats().QueueDropped.Load(); d != 2*queueLen {
 		t.Errorf("%d dropped, want %d", d, 2*queueLen)
 	}
+	// What waits and what comes goes to the handler, long datagrams as well.
+	got := 0
+	c.(*packetConn).Handle(func(b []byte, from netip.AddrPort) {
+		if string(b) != "discover" && len(b) != 1000 || from.String() != "0.0.0.0:68" {
+			t.Fatalf("handler gets %d bytes from %v", len(b), from)
+		}
+		got++
+	})
+	if got != queueLen {
+		t.Errorf("%d datagrams waited, want %d", got, queueLen)
+	}
+	long := bytes.Repeat([]byte("x"), 1000)
+	l.inject(vnet.Header{}, ipTo(broadcastMAC, netip.IPv4Unspecified(), broadcast4, 17, 64, udpPacket(port(netip.IPv4Unspecified(), 68), port(broadcast4, 67), long)))
+	l.inject(vnet.Header{}, discover)
+	if got != queueLen+2 {
+		t.Errorf("%d datagrams were handled, want %d", got, queueLen+2)
+	}
 	c.Close()
+	l.inject(vnet.Header{}, discover)
+	if got != queueLen+2 {
+		t.Error("a closed conn's handler was called")
+	}
 }
 
 func TestRouterConn(t *testing.T) {

@@ -53,6 +53,51 @@ func TestTCPParallelStreams(t *testing.T) {
 	})
 }
 
+// TestTCPStreamsOfAllKinds: 512 connections at once of which some end in order,
+// some stall and some are reset by either side. Each carries its own bytes,
+// whatever becomes of its neighbours.
+func TestTCPStreamsOfAllKinds(t *testing.T) {
+	w := onTap(t)
+	w.attach(t)
+	const streams = 128 // of each kind
+	const size, part = 60_000, 20_000
+	kinds := []struct {
+		name           string
+		client, server []rig.Step
+		up, down       int64
+		reset          bool
+	}{
+		{"exchanges", []rig.Step{rig.Exchange(size, 1)}, []rig.Step{rig.Exchange(size, 1000)}, size, size, false},
+		{"stalls",
+			[]rig.Step{rig.SendPieces(size, 3, 5000), rig.Sleep(time.Second), rig.CloseWrite(), rig.Receive()},
+			[]rig.Step{rig.Sleep(time.Second / 2), rig.Exchange(size, 1000)}, size, size, false},
+		{"guest resets",
+			[]rig.Step{rig.SendPieces(part, 4, 3000), rig.ReceiveN(part), rig.Reset()},
+			[]rig.Step{rig.SendPieces(part, 5, 3000), rig.ReceiveN(part), rig.Receive()}, part, part, true},
+		{"server resets",
+			[]rig.Step{rig.SendPieces(part, 6, 3000), rig.ReceiveN(part), rig.Receive()},
+			[]rig.Step{rig.SendPieces(part, 7, 3000), rig.ReceiveN(part), rig.Reset()}, part, part, true},
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for i, k := range kinds {
+		wg.Go(func() {
+			talk := rig.Talk{Addr: web(i%2 == 1, rig.Services.Talk), Client: k.client, Server: k.server, Streams: streams}
+			all, err := talk.Do(w.Guest, w.Internet, 90*time.Second)
+			if err != nil {
+				t.Errorf("%s: %v", k.name, err)
+				return
+			}
+			for j, r := range all {
+				wantSame(t, fmt.Sprintf("%s, %d of %d", k.name, j+1, streams), r, k.up, k.down)
+				if ends := r.Client.End + r.Server.End; k.reset && ends != "reset" {
+					t.Errorf("%s, %d of %d: client's end %q, server's %q, want one reset", k.name, j+1, streams, r.Client.End, r.Server.End)
+				}
+			}
+		})
+	}
+}
+
 // TestTCPEnds: how a connection ends on one side is how the other sees it end.
 func TestTCPEnds(t *testing.T) {
 	const mib = 1 << 20
