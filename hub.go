@@ -402,6 +402,7 @@ func (h *hubServer) accept(l *hub.Listener) {
 func (h *hubServer) serve(c *hub.Conn, pid int) {
 	defer c.Close()
 	var m *member
+	tried := false // to become one
 	for {
 		var q hubRequest
 		fds, err := c.Receive(&q)
@@ -414,6 +415,7 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 		r := hubReply{ID: q.ID}
 		var body any
 		if q.Op == opJoin {
+			tried = true
 			if m != nil {
 				hub.CloseFDs(fds)
 				err = errors.New("it is a member already")
@@ -437,6 +439,8 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 	defer h.mu.Unlock()
 	if m != nil {
 		h.leave(m)
+	}
+	if tried {
 		h.endIfEmpty()
 	}
 }
