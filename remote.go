@@ -32,8 +32,10 @@ type remote struct {
 	cfg  Config
 	link agent.Link // whose descriptor stays its owner's
 	log  *slog.Logger
-	// sockets opens the way to sockets inside, for a worker that follows another.
+	// What the agent does for a worker that follows another: open the way to
+	// sockets inside, and cut off the guest's connections through the last.
 	sockets func() (*agent.Sockets, error)
+	cutOff  func() (int, error)
 	rate    *rate.Limiter // of the worker's log records
 
 	mu       sync.Mutex // guards following
@@ -123,7 +125,7 @@ func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *l
 		seed: s, level: levelOf(c.Logger), up: make(chan struct{}), ports: make(map[uint64]*remotePort),
 	}
 	if at.agent != nil {
-		r.sockets = at.agent.Sockets
+		r.sockets, r.cutOff = at.agent.Sockets, at.agent.CutOff
 	}
 	if err := r.start(ctx, first); err != nil {
 		return nil, err
@@ -245,6 +247,7 @@ func (r *remote) run(ctx context.Context) error {
 		if time.Since(w.born) > soundAge {
 			pause = 0
 		}
+		r.reset(ctx)
 		why := w.obituary()
 		r.log.Error("the worker has ended, another one takes its place: connections through it are cut off",
 			"cause", why, "in", pause, "last words", w.lastWords())
@@ -269,6 +272,30 @@ func (r *remote) run(ctx context.Context) error {
 		n := r.restarts
 		r.mu.Unlock()
 		r.log.Info("a new worker serves the guest", "restarts", n)
+	}
+}
+
+// cutOffTime is how long the next worker waits for the guest's connections to be
+// cut off.
+const cutOffTime = 200 * time.Millisecond
+
+// reset has the guest know that its connections have lost their other ends. One
+// that only waits for data would never find out.
+func (r *remote) reset(ctx context.Context) {
+	if r.cutOff == nil {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if _, err := r.cutOff(); err != nil {
+			r.log.Debug("connections of the guest notice their end only when they send", "err", err)
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(cutOffTime):
+	case <-ctx.Done():
 	}
 }
 
@@ -644,13 +671,39 @@ func (r *remote) stats(ctx context.Context) (s Stats, err error) {
 func (r *remote) sandboxInfo() SandboxInfo {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := r.status
-	i := SandboxInfo{
-		NoNewPrivs: s.NoNewPrivs, NoCapabilities: s.NoCapabilities, NotDumpable: s.NotDumpable,
-		Seccomp: s.Seccomp, Landlock: s.Landlock, Missing: s.Missing,
-	}
+	i := infoOf(r.status)
 	if r.current != nil {
 		i.WorkerPID = r.current.PID()
 	}
 	return i
+}
+
+func infoOf(s sandbox.Status) SandboxInfo {
+	return SandboxInfo{
+		NoNewPrivs: s.NoNewPrivs, NoCapabilities: s.NoCapabilities, NotDumpable: s.NotDumpable,
+		Seccomp: s.Seccomp, Landlock: s.Landlock, Missing: s.Missing,
+	}
+}
+
+// TrySandbox starts a process like the one that would face a guest, and tells what
+// that can be kept from here.
+func TrySandbox(ctx context.Context) (SandboxInfo, error) {
+	p, err := worker.Start()
+	if err != nil {
+		return SandboxInfo{}, fmt.Errorf("usernet: try sandbox: %w", err)
+	}
+	go func() {
+		_ = p.Serve(func(*worker.Request) (any, []int, error) { return nil, nil, errors.New("unknown request") })
+	}()
+	defer func() {
+		p.Close()
+		p.Kill()
+	}()
+	ctx, cancel := context.WithTimeout(ctx, workerStartTime)
+	defer cancel()
+	var s sandbox.Status
+	if _, err := p.Call(ctx, opSeal, nil, &s); err != nil {
+		return SandboxInfo{}, fmt.Errorf("usernet: try sandbox: %w", err)
+	}
+	return infoOf(s), nil
 }

@@ -24,6 +24,7 @@ import (
 
 // What the two processes ask each other.
 const (
+	opSeal       = "seal"  // and nothing else
 	opStart      = "start" // with the link
 	opLocal      = "local"
 	opDefault6   = "default6"
@@ -129,8 +130,12 @@ var errNotStarted = errors.New("this worker was told nothing yet")
 func (s *workerServer) handle(r *worker.Request) (any, []int, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), engineTime)
 	defer cancel()
-	if r.Op == opStart {
+	switch r.Op {
+	case opStart:
 		status, err := s.start(r)
+		return status, nil, err
+	case opSeal:
+		status, err := sandbox.Seal()
 		return status, nil, err
 	}
 	s.mu.Lock()

@@ -118,9 +118,28 @@ func examine(ctx context.Context) report {
 		}
 		add(tap, veth)
 	}
-	add(checkPing(), checkPorts(), checkDescriptors(), checkResolvConf("/etc/resolv.conf"))
+	add(checkSandbox(ctx), checkPing(), checkPorts(), checkDescriptors(), checkResolvConf("/etc/resolv.conf"))
 	r.Works = namespaces.Verdict != bad && linkWorks
 	return r
+}
+
+// checkSandbox tries what the process that faces the guest can be kept from.
+func checkSandbox(ctx context.Context) finding {
+	f := finding{Name: "sandbox", Verdict: good}
+	i, err := usernet.TrySandbox(ctx)
+	switch {
+	case err != nil:
+		f.Verdict, f.Found = bad, describe(err)
+		f.Advice = "usernet --no-sandbox works without"
+	case i.Missing != "":
+		f.Verdict, f.Found = poor, i.Missing
+	case i.Landlock == 0:
+		f.Verdict, f.Found = poor, "no rights, few system calls; the kernel has no Landlock to close the files as well"
+		f.Advice = "Linux 5.13 has it, if landlock is among the modules in /sys/kernel/security/lsm"
+	default:
+		f.Found = fmt.Sprintf("no rights, few system calls, all files closed (Landlock %d)", i.Landlock)
+	}
+	return f
 }
 
 // probe makes namespaces as `usernet run` would, calls f with the process in

@@ -192,31 +192,13 @@ var errBadDump = errors.New("malformed answer")
 // parseSockets reads the messages of one packet, and reports whether they were
 // the last.
 func parseSockets(b []byte, f func(boundSocket)) (done bool, err error) {
-	const head = unix.SizeofNlMsghdr
-	for len(b) >= head {
-		size := int(binary.NativeEndian.Uint32(b))
-		if size < head || size > len(b) {
-			return true, errBadDump
-		}
-		body := b[head:size]
-		switch binary.NativeEndian.Uint16(b[4:]) {
-		case unix.NLMSG_DONE:
-			return true, nil
-		case unix.NLMSG_ERROR:
-			if len(body) < 4 {
-				return true, errBadDump
-			}
-			return true, unix.Errno(-int32(binary.NativeEndian.Uint32(body)))
-		case unix.SOCK_DIAG_BY_FAMILY:
-			s, err := parseSocket(body)
-			if err != nil {
-				return true, err
-			}
+	return eachMessage(b, func(body []byte) error {
+		s, err := parseSocket(body)
+		if err == nil {
 			f(s)
 		}
-		b = b[min((size+3)&^3, len(b)):]
-	}
-	return false, nil
+		return err
+	})
 }
 
 // parseSocket reads a struct inet_diag_msg and the attributes behind it.

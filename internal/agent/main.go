@@ -253,6 +253,8 @@ func (s *server) answer(q *request) (reply, []int) {
 		err = s.net.setDefaultRoute6(q.On)
 	case q.Op == opCleanup:
 		r.Paths = s.register(q.Paths)
+	case q.Op == opCutOff:
+		r.Count, err = s.net.cutOff()
 	case q.Op == opListening:
 		r.Listening, err = s.sockets.listening(q.Addrs)
 	case q.Op == opSockets:

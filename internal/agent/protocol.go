@@ -29,6 +29,7 @@ const (
 	opCleanup   = "cleanup"
 	opSockets   = "sockets"
 	opListening = "listening"
+	opCutOff    = "cut-off"
 	opBye       = "bye"
 )
 
@@ -50,6 +51,7 @@ type reply struct {
 	Status    *Status       `json:"status,omitempty"`
 	Inside    *Inside       `json:"inside,omitempty"`
 	View      *View         `json:"view,omitempty"`
+	Count     int           `json:"count,omitempty"`
 	Listening *Listening    `json:"listening,omitempty"`
 	Paths     []string      `json:"paths,omitempty"` // of opCleanup: what the agent cannot remove
 }
