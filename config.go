@@ -148,8 +148,8 @@ type Config struct {
 	// addresses, those where clouds serve credentials, and the host's own. It
 	// also lets the subnets be any, and the MTU what a TAP can have, and has the
 	// guest told that a network that it may not reach cannot be reached. NoDNS
-	// is silence then, no refusal, and OutboundAddr holds for the host's
-	// loopback, too.
+	// is silence then, no refusal, OutboundAddr holds for the host's
+	// loopback, too, and IPv4 multicast is sent.
 	NoGuard bool
 
 	OutboundAddr      netip.Addr // source of IPv4 host sockets

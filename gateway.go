@@ -87,7 +87,7 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 		Prefix4: a.Prefix4, Gateway4: a.Gateway4, DNS4: a.DNS4,
 		Prefix6: a.Prefix6, Gateway6: a.Gateway6, DNS6: a.DNS6,
 		GatewayMAC: mac, GuestMAC: guestMAC, USO: link.USO, Logger: c.Logger,
-		SilentDNS: c.NoGuard && c.NoDNS,
+		SilentDNS: c.NoGuard && c.NoDNS, Multicast: c.NoGuard,
 	})
 	if err != nil {
 		dev.Close()

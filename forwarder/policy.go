@@ -164,6 +164,7 @@ func (p *Policy) closed(proto uint8, dst netip.AddrPort) Verdict {
 	switch {
 	case a.IsLoopback():
 		return Verdict{Reason: DeniedHost}
+	case p.cfg.Unguarded && proto == UDP && a.Is4() && a.IsMulticast(): // sent, never joined
 	case !a.IsValid(), a.IsUnspecified(), a.IsMulticast(), a.Is4() && (a.As4()[0] == 0 || a.As4()[0] >= 240):
 		return Verdict{Reason: DeniedSpecial}
 	case !p.cfg.Unguarded && p.isLocal(a) && !p.hostOpen(proto, dst):

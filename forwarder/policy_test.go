@@ -59,6 +59,30 @@ func TestEverySpelling(t *testing.T) {
 	}
 }
 
+// TestUnguarded: what is open without the guards, and what is not all the same.
+func TestUnguarded(t *testing.T) {
+	p := policyOf(forwarder.PolicyConfig{Unguarded: true})
+	p.SetLocal([]netip.Prefix{netip.MustParsePrefix("192.168.7.7/32")})
+	for _, tt := range []struct {
+		proto uint8
+		addr  string
+		want  forwarder.Reason
+	}{
+		{forwarder.TCP, "192.168.7.7:80", forwarder.Allowed},
+		{forwarder.TCP, "169.254.169.254:80", forwarder.Allowed},
+		{forwarder.TCP, "127.0.0.1:80", forwarder.DeniedHost},
+		{forwarder.TCP, "10.0.2.2:80", forwarder.DeniedHost},
+		{forwarder.UDP, "239.255.255.250:1900", forwarder.Allowed},
+		{forwarder.TCP, "239.255.255.250:1900", forwarder.DeniedSpecial},
+		{forwarder.UDP, "[ff02::fb]:5353", forwarder.DeniedSpecial},
+		{forwarder.UDP, "255.255.255.255:67", forwarder.DeniedSpecial},
+	} {
+		if to, v := p.Resolve(tt.proto, netip.MustParseAddrPort(tt.addr)); v.Reason != tt.want {
+			t.Errorf("protocol %d, %s: %v (to be dialled as %v), want reason %d", tt.proto, tt.addr, v, to, tt.want)
+		}
+	}
+}
+
 // TestRulesAgainstReference holds the order of rules against a plain reading of
 // it, for random rules and destinations.
 func TestRulesAgainstReference(t *testing.T) {

@@ -212,6 +212,9 @@ func (t *udpTable) unreachable(src, dst netip.AddrPort, errno unix.Errno, n int)
 
 // icmp completes e, which is about a datagram of n bytes, and sends it.
 func (t *udpTable) icmp(e ICMPError, src, dst netip.AddrPort, n int) {
+	if dst.Addr().IsMulticast() {
+		return // RFC 1122 section 3.2.2
+	}
 	var u [8]byte
 	binary.BigEndian.PutUint16(u[0:], src.Port())
 	binary.BigEndian.PutUint16(u[2:], dst.Port())

@@ -276,7 +276,7 @@ func (s *Stack) deliverUDP(src, dst netip.AddrPort, ttl uint8, gso int, head, ta
 		return
 	}
 	a := dst.Addr()
-	if a.IsMulticast() || a == broadcast4 || a == s.bcast4 || !s.guest(src.Addr()) {
+	if a.IsMulticast() && !(s.cfg.Multicast && a.Is4() && ttl > 1) || a == broadcast4 || a == s.bcast4 || !s.guest(src.Addr()) {
 		return
 	}
 	if s.hooks.UDP == nil || a == s.cfg.DNS4 || a == s.cfg.DNS6 || a == s.linkLocal {

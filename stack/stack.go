@@ -66,6 +66,9 @@ type Config struct {
 	// requests, without refusing.
 	SilentDNS bool
 
+	// Multicast hands the guest's IPv4 datagrams to groups to the UDP hook.
+	Multicast bool
+
 	// USO says that the link takes UDP super-frames (virtio GSO UDP_L4).
 	USO bool
 

@@ -235,6 +235,32 @@ func TestHopLimitEndsHere(t *testing.T) {
 	}
 }
 
+// TestMulticastIsHandedOver where that is wanted, and meant for more than the
+// guest's own link.
+func TestMulticastIsHandedOver(t *testing.T) {
+	group4, group6 := port(netip.MustParseAddr("239.255.255.250"), 1900), port(netip.MustParseAddr("ff0e::1"), 1900)
+	for _, tt := range []struct {
+		wanted   bool
+		src, dst netip.AddrPort
+		ttl      uint8
+		handed   bool
+	}{
+		{false, port(tGuest4, 5), group4, 4, false},
+		{true, port(tGuest4, 5), group4, 4, true},
+		{true, port(tGuest4, 5), group4, 1, false},
+		{true, port(tGuest6, 5), group6, 4, false},
+	} {
+		s, l := newTestStack(t, false)
+		s.cfg.Multicast = tt.wanted
+		handed := false
+		s.SetHooks(Hooks{UDP: func(_, dst netip.AddrPort, _ uint8, _ int, _, _ []byte) { handed = dst == tt.dst }})
+		l.inject(vnet.Header{}, ip(tt.src.Addr(), tt.dst.Addr(), 17, tt.ttl, udpPacket(tt.src, tt.dst, []byte("x"))))
+		if handed != tt.handed {
+			t.Errorf("%+v: %v", tt, handed)
+		}
+	}
+}
+
 func TestDNSAddressHasNoOtherPorts(t *testing.T) {
 	s, l := newTestStack(t, true)
 	s.SetHooks(Hooks{UDP: func(_, _ netip.AddrPort, _ uint8, _ int, _, _ []byte) { t.Error("forwarded") }})

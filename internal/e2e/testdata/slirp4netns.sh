@@ -96,6 +96,18 @@ inside timeout 5 socat -u TCP:10.0.2.2:9,connect-timeout=2 - 2>&1 | check refuse
 inside timeout 5 socat -u TCP:203.0.113.1:9,connect-timeout=2 - 2>&1 | check unreachable 'No route to host'
 inside timeout 5 socat -u TCP:203.0.113.65:9,connect-timeout=2 - 2>&1 | check prohibited 'Network is unreachable'
 inside timeout 5 socat -u TCP:203.0.113.129:9,connect-timeout=2 - 2>&1 | check blackhole 'Network is unreachable'
+socat UDP-RECVFROM:7779,ip-add-membership=239.1.2.3:uplink,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR' 5>&- &
+group=$!
+for _ in 1 2 3; do
+	inside timeout 1 python3 -c 'if 1:
+		import socket
+		s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+		s.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 4)
+		s.sendto(b"hello", ("239.1.2.3", 7779))
+		data, peer = s.recvfrom(100)
+		print(data.decode().strip(), "by", peer[0])' && break
+done | check multicast 'from 192.0.2.33 by 192.0.2.33'
+kill $group
 inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-udp '^192.0.2.1$'
 inside timeout 5 dig +short +tcp +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-tcp '^192.0.2.1$'
 inside ping -c 1 -W 2 10.0.2.2 | check ping-gateway '1 received'

@@ -24,6 +24,7 @@ ip link add uplink type veth peer name elsewhere
 ip address add 192.0.2.33/32 dev uplink
 ip link set uplink up
 ip link set elsewhere up
+ip route add 239.0.0.0/8 dev uplink
 ip -6 address add 2001:db8::9/128 dev lo
 sysctl -qw net.ipv4.ping_group_range="0 2147483647"
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
