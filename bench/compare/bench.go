@@ -100,6 +100,9 @@ func (b *bench) runJob(ctx context.Context, j job, round int, order []string) {
 		if ctx.Err() != nil {
 			break
 		}
+		if j.peers != nil && !slices.Contains(j.peers, name) {
+			continue
+		}
 		s, err := b.runOne(ctx, j, name)
 		if err != nil && ctx.Err() == nil {
 			fmt.Fprintf(os.Stderr, "  %s failed", name)
@@ -186,11 +189,21 @@ func (b *bench) estimate() time.Duration {
 	for round := range b.opts.Rounds {
 		for _, j := range b.jobs {
 			if b.due(j, round) {
-				seconds += j.seconds * float64(len(b.opts.Subjects)+pick(j.loopback, 1, 0))
+				seconds += j.seconds * float64(b.subjects(j))
 			}
 		}
 	}
 	return time.Duration(seconds * float64(time.Second))
+}
+
+// subjects is how many a job is run on.
+func (b *bench) subjects(j job) (n int) {
+	for _, name := range b.opts.Subjects {
+		if j.peers == nil || slices.Contains(j.peers, name) {
+			n++
+		}
+	}
+	return n + pick(j.loopback, 1, 0)
 }
 
 // progress shows a job's samples in figure order.

@@ -207,7 +207,7 @@ func TestFiguresAndJobs(t *testing.T) {
 		limit time.Duration
 	}{
 		{options{Rounds: 5, Seconds: 2}, 20 * time.Minute},
-		{options{Rounds: 1, Seconds: 1, Quick: true}, 200 * time.Second},
+		{options{Rounds: 1, Seconds: 1, Quick: true}, 215 * time.Second},
 	} {
 		tt.opts.Subjects = []string{nameUsernet, nameSlirp, namePasta}
 		b := &bench{opts: tt.opts, jobs: jobs(tt.opts)}
@@ -239,7 +239,7 @@ func TestParseOptions(t *testing.T) {
 // TestFlows runs the flow server and the load's client side against each other.
 func TestFlows(t *testing.T) {
 	var f flowServer
-	addr, err := f.listen(0)
+	addr, err := f.listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // A figure is one line of the table.
@@ -84,8 +85,16 @@ func figures() []figure {
 		figure{ID: "flow-memory", Title: "memory per idle TCP flow, 2000 flows", How: "PSS difference", Unit: "KB", Lower: true, Goals: []goal{{goalUnit, 8}}},
 		figure{ID: "idle-cpu", Title: "CPU with 1000 idle flows", How: "scheduler's run time", Unit: "%", Lower: true, Goals: []goal{{goalUnit, 0.1}}},
 	)
+	fastest := []goal{{againstBetterPeer, 1}, {nameLoopback, 0.7}}
+	all = append(all,
+		figure{ID: inBulkID("up"), Title: "published TCP port, guest sends", How: "iperf3, 1 stream, from the host's loopback", Unit: "Gbit/s", Goals: fastest},
+		figure{ID: inBulkID("down"), Title: "published TCP port, guest receives", How: "iperf3, 1 stream, from the host's loopback", Unit: "Gbit/s", Goals: fastest},
+		figure{ID: "in-conn-16", Title: "published TCP port, connections, 16 clients", How: "wrk -c16, Connection: close, nginx", Unit: "1/s", Goals: atLeastPeer},
+		figure{ID: "in-flow-memory", Title: fmt.Sprintf("memory per idle flow of a published port, %d flows", inIdleFlows), How: "PSS difference", Unit: "KB", Lower: true, Goals: []goal{{goalUnit, 3}}},
+		figure{ID: "in-pipes", Title: "pipes that they hold", How: "descriptors", Unit: "", Lower: true, Goals: []goal{{goalUnit, 0}}},
+	)
 	for _, f := range slices.Clone(all) {
-		if f.Unit == "1/s" {
+		if f.Unit == "1/s" && !strings.HasPrefix(f.ID, "in-") {
 			all = append(all, figure{ID: workID(f.ID), Title: "CPU for one of: " + f.Title, How: "the subject's processes", Unit: "µs", Lower: true})
 		}
 	}

@@ -24,6 +24,7 @@ const (
 	roleHost  = "@host"
 	roleGuest = "@guest"
 	roleLoad  = "@load"
+	roleServe = "@serve"
 
 	selfFile    = "compare"
 	optionsFile = "options.json"

@@ -18,11 +18,12 @@ import (
 type job struct {
 	name     string
 	how      string
-	mtu      int     // of the guest's device
-	loopback bool    // is worth running without any subject, too
-	rounds   int     // at most so many; 0: all
-	seconds  float64 // for the estimate
-	length   int     // of the load in seconds, where it has a rate of units
+	mtu      int      // of the guest's device
+	peers    []string // who else, and usernet, can do it; nil: all
+	loopback bool     // is worth running without any subject, too
+	rounds   int      // at most so many; 0: all
+	seconds  float64  // for the estimate
+	length   int      // of the load in seconds, where it has a rate of units
 	run      func(ctx context.Context, b *bench, in *instance) (samples, error)
 	alone    func(ctx context.Context, b *bench, name string) (samples, error) // instead, for a job that starts the subject itself
 }
@@ -53,6 +54,7 @@ func jobs(opts options) []job {
 		dnsJob("dns-known", knownNames, sec), dnsJob("dns-new", newNames, sec), dnsJob("dns-direct", knownNames, sec),
 		pingJob(),
 	)
+	all = append(all, inBulkJob("up", sec), inBulkJob("down", sec), inConnectionJob(sec), inIdleJob())
 	for _, way := range []string{"up", "down"} {
 		for _, n := range flowCounts {
 			all = append(all, flowsJob(way, n, opts))

@@ -34,9 +34,14 @@ type load struct {
 
 // startLoad opens n flows of a kind and returns once all of them are there.
 func (b *bench) startLoad(ctx context.Context, in *instance, kind byte, n int, window time.Duration) (*load, error) {
+	return b.startLoadTo(ctx, in, net.JoinHostPort(in.gateway, strconv.Itoa(flowPort)), kind, n, window)
+}
+
+// startLoadTo is startLoad with another server.
+func (b *bench) startLoadTo(ctx context.Context, in *instance, to string, kind byte, n int, window time.Duration) (*load, error) {
 	cmd := b.commandIn(ctx, in.guest, filepath.Join(b.work, selfFile), roleLoad,
 		"-kind", string(kind), "-flows", strconv.Itoa(n), "-window", window.String(),
-		"-to", net.JoinHostPort(in.gateway, strconv.Itoa(flowPort)))
+		"-to", to)
 	var complaint bytes.Buffer
 	cmd.Stderr = &complaint
 	stdin, err := cmd.StdinPipe()

@@ -38,7 +38,7 @@ type options struct {
 
 const usage = `usage: compare [flags]
 
-Measures bulk transfer, requests, connections, datagrams, DNS, ping, start time,
+Measures bulk transfer, requests, connections, datagrams, published ports, DNS, ping, start time,
 memory and idle CPU of usernet, slirp4netns and pasta, interleaved, with guests in
 rootless namespaces and every server on the loopback of a network namespace of its
 own: no packet leaves the machine. Writes compare.md, compare.json and two charts.
@@ -55,6 +55,8 @@ func main() {
 			os.Exit(exitCode(hostMain(os.Args[2:])))
 		case roleGuest:
 			os.Exit(exitCode(guestMain(os.Args[2:])))
+		case roleServe:
+			os.Exit(exitCode(serveMain(os.Args[2:])))
 		case roleLoad:
 			os.Exit(exitCode(loadMain(os.Args[2:])))
 		}
@@ -83,7 +85,7 @@ func parseOptions(args []string) (opts options, chart, list bool, err error) {
 		fmt.Fprint(flags.Output(), usage)
 		flags.PrintDefaults()
 	}
-	flags.BoolVar(&opts.Quick, "quick", false, "one short round, about three minutes; says which way things go, not by how much")
+	flags.BoolVar(&opts.Quick, "quick", false, "one short round, three and a half minutes; says which way things go, not by how much")
 	flags.IntVar(&opts.Rounds, "rounds", 0, "interleaved rounds whose medians are shown (default 5, quick 1)")
 	flags.IntVar(&opts.Seconds, "seconds", 0, "length of one transfer (default 2, quick 1)")
 	flags.StringVar(&only, "only", "", "comma-separated job names or their beginnings (see -list)")

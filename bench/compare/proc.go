@@ -170,8 +170,11 @@ func parsePSS(data []byte) (int64, error) {
 
 // listening tells whether some process listens on a TCP port of this network
 // namespace. Asking by connecting would use up a server that serves once.
-func listening(port int) bool {
-	for _, path := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+func listening(port int) bool { return listeningIn("/proc/net", port) }
+
+// listeningIn is listening in the namespace whose tables are in dir.
+func listeningIn(dir string, port int) bool {
+	for _, path := range []string{dir + "/tcp", dir + "/tcp6"} {
 		data, err := os.ReadFile(path)
 		if err == nil && hasListener(data, port) {
 			return true

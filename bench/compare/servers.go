@@ -51,7 +51,7 @@ func (b *bench) startServers(ctx context.Context) error {
 	if err := b.startDNS(ctx); err != nil {
 		return err
 	}
-	_, err := b.flows.listen(flowPort)
+	_, err := b.flows.listen(net.JoinHostPort(loopback, strconv.Itoa(flowPort)))
 	return err
 }
 
@@ -194,10 +194,10 @@ type flowServer struct {
 }
 
 // listen starts to serve and returns the address.
-func (f *flowServer) listen(port int) (string, error) {
+func (f *flowServer) listen(addr string) (string, error) {
 	// Keepalive probes would wake a subject whose idleness is measured.
 	config := net.ListenConfig{KeepAlive: -1}
-	l, err := config.Listen(context.Background(), "tcp", net.JoinHostPort(loopback, strconv.Itoa(port)))
+	l, err := config.Listen(context.Background(), "tcp", addr)
 	if err != nil {
 		return "", fmt.Errorf("start flow server: %w", err)
 	}

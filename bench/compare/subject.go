@@ -40,8 +40,13 @@ func loopbackInstance() *instance {
 	return &instance{name: nameLoopback, gateway: loopback, dns: loopback}
 }
 
-// start makes a guest and connects it with the named subject.
-func (b *bench) start(ctx context.Context, name string, mtu int) (*instance, error) {
+// start makes a guest and connects it with the named subject, which publishes
+// ports of the guest on the host's loopback.
+func (b *bench) start(ctx context.Context, name string, mtu int, publish ...int) (*instance, error) {
+	ports, err := publishArgs(name, publish)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
 	g, err := b.startGuest(ctx)
 	if err != nil {
 		return nil, err
@@ -53,12 +58,13 @@ func (b *bench) start(ctx context.Context, name string, mtu int) (*instance, err
 			"--netns", fmt.Sprintf("/proc/%d/ns/net", g.pid), "--ready-fd", "3",
 			"--host-loopback", "--dns", loopback, "--mtu", strconv.Itoa(mtu),
 		}
+		args = append(args, ports...)
 		err = b.startWithReadyFD(ctx, in, b.opts.Usernet, append(args, b.opts.UsernetArgs...))
 	case nameSlirp:
 		args := []string{"--configure", "--mtu", strconv.Itoa(mtu), "--ready-fd", "3", strconv.Itoa(g.pid), "tap0"}
 		err = b.startWithReadyFD(ctx, in, b.opts.Slirp, args)
 	case namePasta:
-		err = b.startPasta(ctx, in, mtu)
+		err = b.startPasta(ctx, in, mtu, ports)
 	default:
 		err = fmt.Errorf("no subject is called %q", name)
 	}
@@ -101,16 +107,17 @@ func (b *bench) startWithReadyFD(ctx context.Context, in *instance, binary strin
 
 // startPasta starts pasta, which says that it is ready by going into the
 // background.
-func (b *bench) startPasta(ctx context.Context, in *instance, mtu int) error {
+func (b *bench) startPasta(ctx context.Context, in *instance, mtu int, ports []string) error {
 	id := strconv.Itoa(b.port())
 	pidFile := filepath.Join(b.work, "pasta-"+id+".pid")
 	args := []string{
 		"--quiet", "--config-net", "--ipv4-only",
 		"--interface", uplinkName, "--ns-ifname", "tap0", "--mtu", strconv.Itoa(mtu),
 		"--address", guestAddr, "--netmask", "24", "--gateway", gatewayAddr, "--dns-forward", dnsAddr,
-		"--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none",
-		"--pid", pidFile, "--log-file", filepath.Join(b.work, "pasta-"+id+".log"), strconv.Itoa(in.guest.pid),
+		"--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none",
+		"--pid", pidFile, "--log-file", filepath.Join(b.work, "pasta-"+id+".log"),
 	}
+	args = append(append(args, ports...), strconv.Itoa(in.guest.pid))
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	cmd := b.command(ctx, b.opts.Pasta, args...)
