@@ -206,7 +206,7 @@ func TestFiguresAndJobs(t *testing.T) {
 		opts  options
 		limit time.Duration
 	}{
-		{options{Rounds: 5, Seconds: 2}, 20 * time.Minute},
+		{options{Rounds: 5, Seconds: 2}, 22 * time.Minute},
 		{options{Rounds: 1, Seconds: 1, Quick: true}, 215 * time.Second},
 	} {
 		tt.opts.Subjects = []string{nameUsernet, nameSlirp, namePasta}

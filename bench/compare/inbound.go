@@ -31,7 +31,7 @@ func (b *bench) startInbound(ctx context.Context, name string, port int) (*insta
 // inboundJob makes a job whose server is in the guest.
 func inboundJob(name, how string, seconds float64, peers []string, run func(ctx context.Context, b *bench, in *instance, port int) (samples, error)) job {
 	return job{
-		name: name, how: how, peers: peers, loopback: slices.Contains(peers, nameLoopback), seconds: seconds,
+		name: name, how: how, peers: peers, rounds: 3, loopback: slices.Contains(peers, nameLoopback), seconds: seconds,
 		alone: func(ctx context.Context, b *bench, subject string) (samples, error) {
 			port := b.port()
 			in, err := b.startInbound(ctx, subject, port)
