@@ -50,11 +50,13 @@ tell() {
 
 # running lists the processes of program, its helpers included.
 running() {
-	local process real
+	local process real command
 	real=$(realpath "$program")
 	for process in /proc/[0-9]*; do
-		if [ "$(readlink "$process/exe" 2>/dev/null)" = "$real" ]; then
-			echo "${process#/proc/} $(tr '\0' ' ' <"$process/cmdline")"
+		command=$(tr '\0' ' ' 2>/dev/null <"$process/cmdline")
+		# A helper may hide what it runs.
+		if [ "$(readlink "$process/exe" 2>/dev/null)" = "$real" ] || [[ $command == usernet-* ]]; then
+			echo "${process#/proc/} $command"
 		fi
 	done
 }

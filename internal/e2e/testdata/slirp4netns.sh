@@ -285,6 +285,12 @@ start -c --enable-sandbox --enable-seccomp --disable-host-loopback GUEST tap0
 inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check locked-dns '^192.0.2.1$'
 inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check locked-tcp 'from'
 grep -E '^(Cap|NoNew|Seccomp)' /proc/$network/status | check locked 'CapEff:\s*0*400|CapEff:\s*0*$' 'NoNewPrivs:\s*1' 'Seccomp:\s*2'
+# One that is locked can still replace the process that faces the guest.
+worker=$(running | awk '/usernet-worker/ { print $1 }')
+[ -z "$worker" ] || kill -9 $worker
+for _ in 1 2 3 4 5; do
+	inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | grep 192 && break
+done | check locked-again '^192.0.2.1$'
 finish
 echo "status $status" | check locked-exit 'status 0'
 kill $server
