@@ -3,20 +3,50 @@ package rig
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// A Usage is what a process holds.
+// A Usage is what a process holds, and all that it has started.
 type Usage struct {
 	Files, Threads int
 	RSS            int // KiB
 	CPU            time.Duration
 }
 
-// UsageOf measures a process, given a node with rights over it.
+// UsageOf measures a process and all below it, given a node with rights over
+// them. One that ends meanwhile counts for nothing.
 var UsageOf = NewFunc("rig.usage", func(_ context.Context, pid int) (Usage, error) {
+	all, err := usageOf(pid)
+	if err != nil {
+		return all, err
+	}
+	tree := parents()
+	for child := range tree {
+		if child == pid || !descends(tree, child, pid) {
+			continue
+		}
+		u, err := usageOf(child)
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH):
+			continue
+		case err != nil:
+			return all, err
+		}
+		all.Files += u.Files
+		all.Threads += u.Threads
+		all.RSS += u.RSS
+		all.CPU += u.CPU
+	}
+	return all, nil
+})
+
+func usageOf(pid int) (Usage, error) {
 	var u Usage
 	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
@@ -42,4 +72,4 @@ var UsageOf = NewFunc("rig.usage", func(_ context.Context, pid int) (Usage, erro
 	fmt.Sscan(string(fields[12]), &system)
 	u.CPU = time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100
 	return u, nil
-})
+}
