@@ -136,7 +136,8 @@ func perSecond(tenths []int) []int {
 	return seconds
 }
 
-// usage is what a process holds, seen from outside and, of usernet, by itself.
+// usage is what a process holds, seen from outside. Of usernet, whose worker lets
+// nobody look, files and goroutines are what that says itself.
 type usage struct {
 	rig.Usage
 	Goroutines int
@@ -149,12 +150,13 @@ func usageOf(t *testing.T, w *world, pid int) usage {
 		var stats struct {
 			Process struct {
 				Goroutines int `json:"goroutines_now"`
+				Files      int `json:"files_now"`
 			}
 		}
-		if err := json.Unmarshal([]byte(mustCtl(t, w, "stats", "--json")), &stats); err != nil || stats.Process.Goroutines == 0 {
-			t.Errorf("no number of goroutines: %v", err)
+		if err := json.Unmarshal([]byte(mustCtl(t, w, "stats", "--json")), &stats); err != nil || stats.Process.Goroutines == 0 || stats.Process.Files == 0 {
+			t.Errorf("no number of goroutines or files: %v", err)
 		}
-		u.Goroutines = stats.Process.Goroutines
+		u.Goroutines, u.Files = stats.Process.Goroutines, stats.Process.Files
 	}
 	return u
 }

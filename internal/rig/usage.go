@@ -12,15 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Usage is what a process holds, and all that it has started.
+// A Usage is what a process holds, and all that it has started. Files are only of
+// those that let themselves be looked at.
 type Usage struct {
 	Files, Threads int
 	RSS            int // KiB
 	CPU            time.Duration
 }
 
-// UsageOf measures a process and all below it, given a node with rights over
-// them. One that ends meanwhile counts for nothing.
+// UsageOf measures a process and all below it. One that ends meanwhile counts for
+// nothing.
 var UsageOf = NewFunc("rig.usage", func(_ context.Context, pid int) (Usage, error) {
 	all, err := usageOf(pid)
 	if err != nil {
@@ -49,7 +50,7 @@ var UsageOf = NewFunc("rig.usage", func(_ context.Context, pid int) (Usage, erro
 func usageOf(pid int) (Usage, error) {
 	var u Usage
 	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return u, err
 	}
 	u.Files = len(files)
