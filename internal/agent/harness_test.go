@@ -314,6 +314,9 @@ func rerun(t *testing.T, prefix ...string) bool {
 	if os.Getenv(mark) == t.Name() {
 		return true
 	}
+	if out, err := exec.Command("unshare", "-Urm", "true").CombinedOutput(); err != nil {
+		cannot(t, "no user namespaces: %v: %s", err, out)
+	}
 	args := append(prefix, testBinary(t), "-test.run=^"+strings.ReplaceAll(t.Name(), "/", "$/^")+"$", "-test.v")
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir = "/"
