@@ -85,7 +85,7 @@ func (c *Conn) Receive(message any) (fds []int, err error) {
 	for {
 		n, oobN, flags, _, err := c.c.ReadMsgUnix(c.buf, c.oob)
 		switch {
-		case errors.Is(err, unix.ECONNRESET), err == nil && n == 0:
+		case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET), err == nil && n == 0:
 			return fds, io.EOF
 		case err != nil:
 			return fds, err

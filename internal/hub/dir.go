@@ -98,11 +98,15 @@ func (p Place) Live() bool {
 	return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) != nil
 }
 
-// lock takes a lock of the place, waiting until ctx would end. The file is removed by
+// lock takes a lock of the place, if it is free in time. The file is removed by
 // its last holder, so that one which has lost its name does not count.
 func (p Place) lock(file string, patience time.Duration) (*os.File, error) {
 	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		f, err := os.OpenFile(p.path(file), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if errors.Is(err, fs.ErrNotExist) && time.Since(began) < patience {
+			_ = p.Make() // a hub that has ended took the directory along
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
