@@ -40,7 +40,7 @@ fuzz:
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
-# Side by side with slirp4netns and pasta, 20 minutes on a machine that is
+# Side by side with slirp4netns and pasta, 21 minutes on a machine that is
 # otherwise idle; `go run ./bench/compare -quick` takes 3.
 compare:
 	hack/setup.sh test
