@@ -41,6 +41,7 @@ func TestHTTPFromInternet(t *testing.T) {
 // TestHTTPPlain needs no namespace but the guest's: usernet runs on the
 // machine itself, and only the machine's loopback is asked.
 func TestHTTPPlain(t *testing.T) {
+	rig.NeedNamespaces(t)
 	rig.NeedTools(t, "curl", "sha256sum")
 	if rig.Current().Name == "kernel" {
 		t.Skip("there is no host of its own to put a wire into")

@@ -83,6 +83,7 @@ echo stdout; echo stderr >&2`)
 func TestRunPlain(t *testing.T) {
 	rig.NeedUsernet(t)
 	rig.NeedTools(t, "curl")
+	rig.NeedNamespaces(t)
 	t.Parallel()
 	n := rig.New(t, rig.Options{Plain: true})
 	ports := n.Host.ServeOn(t, true, "127.0.0.1")
