@@ -5,7 +5,7 @@ GO ?= go
 T ?= 30s
 PREFIX ?= /usr/local
 
-.PHONY: build demo test check vuln fuzz bench compare cover install clean
+.PHONY: build demo test check vuln fuzz malformed soak bench compare cover install clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o usernet ./cmd/usernet
@@ -36,6 +36,17 @@ vuln:
 # Every fuzz target for the time T.
 fuzz:
 	hack/fuzz.sh $(T)
+
+# What a hostile guest may try, for a long time: FRAMES malformed frames, and all
+# kinds of traffic at once for S seconds.
+FRAMES ?= 1000000
+S ?= 300
+
+malformed:
+	USERNET_FRAMES=$(FRAMES) $(GO) test ./internal/e2e -count=1 -v -timeout 30m -run '^TestMalformedFrames$$'
+
+soak:
+	USERNET_SOAK=$(S) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSoak$$'
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
