@@ -62,6 +62,7 @@ cover:
 
 install: build
 	install -D -m 0755 usernet $(DESTDIR)$(PREFIX)/bin/usernet
+	install -D -m 0644 dist/systemd/usernet@.service $(DESTDIR)$(PREFIX)/lib/systemd/user/usernet@.service
 
 clean:
 	rm -f usernet cover.out

@@ -120,7 +120,7 @@ func cniAdd(ctx context.Context, args *skel.CmdArgs) error {
 // cniStart starts the daemon of an attachment, and tells what it has made.
 func cniStart(ctx context.Context, store *cniStore, a cniAttachment, conf *cniConf, ns *netns.Namespace) (*current.Result, error) {
 	flags := append([]string{"--netns", ns.Path(), "--ifname", a.Ifname, "--api-socket", store.socket(a)}, conf.flags()...)
-	err := startDaemon(ctx, flags, store.log(a), func(p process) error {
+	err := startDaemon(ctx, flags, store.runtimeDir(), store.log(a), func(p process) error {
 		return store.save(cniRecord{cniAttachment: a, Netns: ns.Path(), Inode: ns.Inode(), process: p})
 	})
 	if err != nil {
@@ -194,6 +194,9 @@ func (c *cniConf) result(ifname, sandbox string, view agent.View, info control.I
 			all := netip.PrefixFrom(gateway, 0).Masked()
 			r.Routes = append(r.Routes, &types.Route{Dst: ipNet(all), GW: gateway.AsSlice()})
 		}
+	}
+	if len(c.servers) > 0 {
+		dns.Nameservers = c.servers
 	}
 	if r.DNS.IsEmpty() {
 		r.DNS = dns

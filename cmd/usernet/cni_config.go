@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,6 +61,7 @@ type cniConf struct {
 
 	version string          // of CNI, that the result is to have
 	prev    *current.Result // of the plugins before this one
+	servers []string        // of names, if not the network's own
 	config  usernet.Config  // what all of it means
 }
 
@@ -112,9 +114,8 @@ func fieldError(field, format string, args ...any) *types.Error {
 // give others say so with IgnoreUnknown.
 type cniArgs struct {
 	types.CommonArgs
-	IP           types.UnmarshallableString
-	MAC          types.UnmarshallableString
-	K8S_POD_NAME types.UnmarshallableString //lint:ignore ST1003 the field's name is the argument's
+	IP, MAC                         types.UnmarshallableString
+	K8S_POD_NAME, K8S_POD_NAMESPACE types.UnmarshallableString //lint:ignore ST1003 the fields' names are the arguments'
 }
 
 // cniName returns the network's name, which skel has found to be a good one.
@@ -201,7 +202,9 @@ func (c *cniConf) read(args *skel.CmdArgs) error {
 	}
 	u.Ifname = args.IfName
 	u.IPv6 = usernet.IPv6Mode(c.IPv6)
-	if c.Type == slirpType {
+	if c.Type != slirpType {
+		u.Network, u.Isolate = c.Name, c.Isolate
+	} else { // each container has a network of its own
 		u.MTU, u.HostLoopback = slirpMTU, true
 		if c.IPv6 == "" {
 			u.IPv6 = usernet.IPv6Off
@@ -232,7 +235,7 @@ func (c *cniConf) read(args *skel.CmdArgs) error {
 	if u.Deny, err = parseList("deny", c.Deny, usernet.ParseRule); err != nil {
 		return err
 	}
-	if err := c.readRuntime(args.Args); err != nil {
+	if err := c.readRuntime(args); err != nil {
 		return err
 	}
 	if err := c.readDNS(); err != nil {
@@ -254,11 +257,14 @@ func parseList[T any](field string, words []string, parse func(string) (T, error
 	return list, nil
 }
 
-// readRuntime reads addresses, which come in one of three ways.
-func (c *cniConf) readRuntime(text string) error {
+// readRuntime reads names, and addresses, which come in one of three ways.
+func (c *cniConf) readRuntime(args *skel.CmdArgs) error {
 	var a cniArgs
-	if err := types.LoadArgs(text, &a); err != nil {
+	if err := types.LoadArgs(args.Args, &a); err != nil {
 		return cniErrorf(types.ErrInvalidEnvironmentVariables, "read CNI_ARGS: %v", err)
+	}
+	if c.config.Network != "" {
+		c.readNames(args.ContainerID, strings.ToLower(string(a.K8S_POD_NAME)), a.K8S_POD_NAMESPACE != "")
 	}
 	ips, macText := c.RuntimeConfig.IPs, c.RuntimeConfig.MAC
 	if len(ips) == 0 {
@@ -286,6 +292,31 @@ func (c *cniConf) readRuntime(text string) error {
 		}
 	}
 	return nil
+}
+
+// label is what a guest may be named.
+var label = regexp.MustCompile(`^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$`)
+
+// readNames finds out what the others on the network know the container by: what
+// the runtime calls it, or its id. A pod's name is not its alone where there are
+// namespaces of pods, so it is an alias then, which several may have.
+func (c *cniConf) readNames(id, pod string, shared bool) {
+	names := []string{pod, strings.ToLower(id), strings.ToLower(id[:min(12, len(id))])}
+	if shared {
+		names[0] = ""
+	}
+	if i := slices.IndexFunc(names, label.MatchString); i >= 0 {
+		c.config.Name = names[i]
+	}
+	aliases := slices.Concat(c.RuntimeConfig.Aliases.all, c.RuntimeConfig.Aliases.byNet[c.Name])
+	if shared && pod != "" {
+		aliases = append(aliases, pod)
+	}
+	for _, a := range aliases {
+		if a = strings.ToLower(a); a != c.config.Name && !slices.Contains(c.config.Aliases, a) {
+			c.config.Aliases = append(c.config.Aliases, a)
+		}
+	}
 }
 
 // readIP takes an address for the container, with or without its subnet's length.
@@ -316,19 +347,31 @@ func (c *cniConf) readIP(ip string) error {
 
 // readDNS reads which servers answer for names that are not the network's own.
 func (c *cniConf) readDNS() error {
-	words := c.DNS.Nameservers
-	if d := c.RuntimeConfig.DNS; d != nil && len(d.Servers) > 0 {
-		words = d.Servers
-	}
-	servers, err := parseList("dns", words, usernet.ParseResolver)
+	servers, err := parseList("dns", c.DNS.Nameservers, usernet.ParseResolver)
 	if err != nil {
 		return err
+	}
+	if d := c.RuntimeConfig.DNS; d != nil && len(d.Servers) > 0 {
+		own, err := parseList("runtimeConfig.dns", d.Servers, usernet.ParseResolver)
+		if err != nil {
+			return err
+		}
+		if c.config.Network == "" {
+			servers = own
+		} else { // the network's server asks the same for all: this container asks others itself
+			for _, s := range own {
+				c.servers = append(c.servers, s.Addr().String())
+			}
+		}
 	}
 	// Some name the network's own server, for containers to ask. It does not ask
 	// itself.
 	own := c.config.Addresses()
 	servers = slices.DeleteFunc(servers, func(s netip.AddrPort) bool { return s.Addr() == own.DNS4 || s.Addr() == own.DNS6 })
-	c.config.DNS, c.config.DNSSearch = servers, c.search()
+	c.config.DNS, c.config.DNSSearch = servers, c.DNS.Search
+	if c.config.Network == "" {
+		c.config.DNSSearch = c.search()
+	}
 	return nil
 }
 
@@ -402,6 +445,14 @@ func (c *cniConf) flags() []string {
 		add("cidr6", u.CIDR6)
 	}
 	add("ipv6", u.IPv6)
+	add("network", u.Network)
+	add("name", u.Name)
+	for _, a := range u.Aliases {
+		add("alias", a)
+	}
+	if u.Isolate {
+		flags = append(flags, "--isolate")
+	}
 	for _, a := range []netip.Addr{u.Guest4, u.Guest6} {
 		if a.IsValid() {
 			add("ip", a)

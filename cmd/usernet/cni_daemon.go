@@ -136,7 +136,7 @@ func findDaemon(dir, socket string) process {
 // startDaemon starts usernet with flags and waits until it is ready. It lives on
 // when this process ends, and holds nothing of it. What it has to say goes to a
 // file. started is called at once. On failure nothing of it is left but the file.
-func startDaemon(ctx context.Context, flags []string, log string, started func(process) error) error {
+func startDaemon(ctx context.Context, flags []string, runtimeDir, log string, started func(process) error) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	out, err := os.OpenFile(log, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
@@ -152,7 +152,7 @@ func startDaemon(ctx context.Context, flags []string, log string, started func(p
 	defer theirs.Close()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = append([]string{"usernet", "--ready-fd", "3", "--log-level", "warn"}, flags...)
-	cmd.Env = daemonEnv(os.Environ())
+	cmd.Env = daemonEnv(os.Environ(), runtimeDir)
 	cmd.Dir = "/"
 	cmd.Stderr = out // a file, so that nobody has to stay to copy it; the others are /dev/null
 	cmd.ExtraFiles = []*os.File{theirs}
@@ -212,13 +212,15 @@ func lastWords(log string) string {
 }
 
 // daemonEnv leaves out what is meant for this process: the runtime's orders, and
-// what a service manager wants to know of the runtime.
-func daemonEnv(env []string) []string {
-	return slices.DeleteFunc(slices.Clone(env), func(v string) bool {
+// what a service manager wants to know of the runtime. Daemons of one network
+// meet in the runtime directory.
+func daemonEnv(env []string, runtimeDir string) []string {
+	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool {
 		name, _, _ := strings.Cut(v, "=")
 		return strings.HasPrefix(name, "CNI_") || strings.HasPrefix(name, "LISTEN_") ||
-			slices.Contains([]string{"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}, name)
+			slices.Contains([]string{"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "XDG_RUNTIME_DIR"}, name)
 	})
+	return append(env, "XDG_RUNTIME_DIR="+runtimeDir)
 }
 
 // closeOnExecAll keeps what the runtime may have left open from the daemon.

@@ -103,6 +103,10 @@ func (s *cniStore) path(a cniAttachment, suffix string) string {
 	return filepath.Join(s.dir, a.key()+suffix)
 }
 
+// runtimeDir is where the store's commands and daemons have what goes with the
+// boot.
+func (s *cniStore) runtimeDir() string { return filepath.Dir(filepath.Dir(s.dir)) }
+
 func (s *cniStore) socket(a cniAttachment) string { return s.path(a, ".sock") }
 func (s *cniStore) log(a cniAttachment) string    { return s.path(a, ".log") }
 

@@ -38,16 +38,25 @@ func TestCNIFlags(t *testing.T) {
 		{`{"args": {"cni": {"ips": ["10.0.2.51"], "mac": "02:00:00:00:00:02"}}}`, "IP=10.0.2.52;MAC=02:00:00:00:00:03",
 			"--mac 02:00:00:00:00:02 --ip 10.0.2.51"},
 		{`{}`, "IgnoreUnknown=1;IP=10.0.2.52,fd75:736e:6574::52;MAC=02:00:00:00:00:03;X=Y", "--mac 02:00:00:00:00:03 --ip 10.0.2.52 --ip fd75:736e:6574::52"},
+		{`{"name": "apps", "isolate": true, "dns": {"nameservers": ["192.0.2.53"], "search": ["a.test"]},
+			"runtimeConfig": {"aliases": {"apps": ["Web", "c1"], "other": ["db"]}, "dns": {"servers": ["192.0.2.54"], "searches": ["b.test"]}, "ips": ["10.89.7.50/24"]}}`, "",
+			"--network apps --name c1 --alias web --isolate --ip 10.89.7.50 --dns 192.0.2.53:53 --dns-search a.test"},
+		{`{"name": "apps", "runtimeConfig": {"aliases": ["a", "a"]}}`, "IgnoreUnknown=1;K8S_POD_NAME=Web", "--network apps --name web --alias a"},
+		{`{"name": "apps"}`, "IgnoreUnknown=1;K8S_POD_NAME=web;K8S_POD_NAMESPACE=default", "--network apps --name c1 --alias web"},
+		{`{"name": "slirp", "type": "slirp", "isolate": true, "runtimeConfig": {"aliases": ["a"]}}`, "", "--mtu 1500 --ipv6 off --host-loopback"},
 		{`{"type": "slirp"}`, "", "--mtu 1500 --ipv6 off --host-loopback"},
 		{`{"type": "slirp", "mtu": 9000, "ipv6": true, "hostLoopback": false}`, "", "--mtu 9000 --ipv6 on"},
 	} {
-		c, err := parseCNI(&skel.CmdArgs{StdinData: []byte(tt.conf), Netns: "/run/netns/box", IfName: "eth0", Args: tt.args})
+		c, err := parseCNI(&skel.CmdArgs{StdinData: []byte(tt.conf), Netns: "/run/netns/box", ContainerID: "c1", IfName: "eth0", Args: tt.args})
 		if err != nil {
 			t.Errorf("%s: %v", tt.conf, err)
 			continue
 		}
 		if diff := cmp.Diff(tt.want, strings.Join(c.flags(), " ")); diff != "" {
 			t.Errorf("%s: (-want +got)\n%s", tt.conf, diff)
+		}
+		if c.config.Network != "" {
+			continue // whose subnet is the network's to say
 		}
 		// The daemon understands it the same way.
 		var a attach
@@ -195,7 +204,7 @@ func TestCNIProcess(t *testing.T) {
 // TestCNIEnvironment: the daemon gets nothing that is meant for the plugin or
 // its runtime.
 func TestCNIEnvironment(t *testing.T) {
-	got := daemonEnv([]string{"PATH=/bin", "CNI_COMMAND=ADD", "NOTIFY_SOCKET=/run/n", "LISTEN_FDS=1", "LISTEN_PID=1", "WATCHDOG_USEC=1", "XDG_RUNTIME_DIR=/run"})
+	got := daemonEnv([]string{"XDG_RUNTIME_DIR=/run/user/0", "PATH=/bin", "CNI_COMMAND=ADD", "NOTIFY_SOCKET=/run/n", "LISTEN_FDS=1", "LISTEN_PID=1", "WATCHDOG_USEC=1"}, "/run")
 	if diff := cmp.Diff([]string{"PATH=/bin", "XDG_RUNTIME_DIR=/run"}, got); diff != "" {
 		t.Error(diff)
 	}

@@ -181,7 +181,7 @@ func (w *cniWorld) logs() string {
 func (w *cniWorld) wantClean(t *testing.T) {
 	t.Helper()
 	w.WantNothingLeft(t, 3*time.Second, "usernet", "usernet-agent")
-	if out := w.from.Run(t, "find", w.runtime+"/usernet", "-mindepth", "1", "!", "-type", "d"); out.Stdout != "" {
+	if out := w.from.Run(t, "find", w.runtime+"/usernet", "-mindepth", "1", "!", "-type", "d", "!", "-name", ".lock"); out.Stdout != "" {
 		t.Errorf("left below %s:\n%s", w.runtime, out.Stdout)
 	}
 }
@@ -209,7 +209,7 @@ func TestCNI(t *testing.T) {
 	w := newCNI(t, true, rig.Options{})
 	w.netns(t, "outer", "one", "two")
 	w.network(t, "outer",
-		`{"type": "usernet", "capabilities": {"portMappings": true, "mac": true}, "mtu": 9000, "dns": {"search": ["example.test"], "options": ["ndots:2"]}}`,
+		`{"type": "usernet", "capabilities": {"portMappings": true, "mac": true}, "mtu": 9000, "cidr": "10.0.2.0/24", "cidr6": "fd75:736e:6574::/64", "dns": {"search": ["example.test"], "options": ["ndots:2"]}}`,
 		`{"type": "tuning", "sysctl": {"net.core.somaxconn": "777"}, "mtu": 8000}`)
 	w.network(t, "nested",
 		`{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
@@ -336,7 +336,7 @@ func TestCNILife(t *testing.T) {
 	t.Parallel()
 	w := newCNI(t, true, rig.Options{})
 	box := w.netns(t, "box")
-	const conf = `{"cniVersion": "1.1.0", "name": "net", "type": "usernet", "runtimeConfig": {"portMappings": [{"hostPort": 18080, "containerPort": 80}]}}`
+	const conf = `{"cniVersion": "1.1.0", "name": "net", "type": "usernet", "cidr": "10.0.2.0/24", "runtimeConfig": {"portMappings": [{"hostPort": 18080, "containerPort": 80}]}}`
 	with := func(field, value string) string { return fmt.Sprintf("%s, %q: %s}", conf[:len(conf)-1], field, value) }
 	add := func() string {
 		t.Helper()
@@ -463,7 +463,7 @@ func TestCNIChain(t *testing.T) {
 	box := w.netns(t, "box")
 	const prev = `"prevResult": {"cniVersion": "0.3.1", "interfaces": [{"name": "lo", "mac": "00:00:00:00:00:00", "sandbox": "/run/netns/box"}],
 		"ips": [{"version": "4", "address": "127.0.0.1/8", "interface": 0}]}`
-	a, text := w.plugin(t, "ADD", "c1", box, `{"cniVersion": "0.3.1", "name": "net", "type": "usernet", "ipv6": false, `+prev+`}`)
+	a, text := w.plugin(t, "ADD", "c1", box, `{"cniVersion": "0.3.1", "name": "net", "type": "usernet", "cidr": "10.0.2.0/24", "ipv6": false, `+prev+`}`)
 	if a.Status != 0 || a.CNIVersion != "0.3.1" || len(a.Interfaces) != 2 || len(a.IPs) != 2 || *a.IPs[1].Interface != 1 || a.IPs[1].Address != "10.0.2.100/24" {
 		t.Errorf("ADD: %s", text)
 	}
@@ -476,7 +476,7 @@ func TestCNIChain(t *testing.T) {
 		a.Interfaces[0].Mac != "02:00:00:00:00:09" || !slices.Equal(a.DNS.Search, []string{"a.test"}) {
 		t.Errorf("ADD: %s", text)
 	}
-	if a, text = w.plugin(t, "ADD", "c3", "/run/netns/three", `{"cniVersion": "1.1.0", "name": "net", "type": "usernet"}`,
+	if a, text = w.plugin(t, "ADD", "c3", "/run/netns/three", `{"cniVersion": "1.1.0", "name": "net", "type": "usernet", "ipv6": false}`,
 		"CNI_ARGS=IgnoreUnknown=1;IP=10.0.2.77;MAC=02:00:00:00:00:08;K8S_POD_NAME=web;FOO=1"); a.Status != 0 || a.IPs[0].Address != "10.0.2.77/24" ||
 		a.Interfaces[0].Mac != "02:00:00:00:00:08" || a.Interfaces[0].Mtu != 65520 {
 		t.Errorf("ADD: %s", text)
@@ -486,6 +486,76 @@ func TestCNIChain(t *testing.T) {
 		if a, text := w.plugin(t, "DEL", id, box, `{"cniVersion": "1.0.0", "name": "`+name+`", "type": "usernet"}`); a.Status != 0 {
 			t.Errorf("DEL: %s", text)
 		}
+	}
+	w.wantClean(t)
+}
+
+// TestCNINetwork: containers of one network reach each other by name, those of
+// another do not, and what one has another cannot have.
+func TestCNINetwork(t *testing.T) {
+	t.Parallel()
+	rig.NeedTools(t, "ping", "dig")
+	w := newCNI(t, true, rig.Options{})
+	w.netns(t, "one", "two", "three", "four")
+	conf := func(name, fields string) string {
+		return `{"cniVersion": "1.1.0", "name": "` + name + `", "type": "usernet"` + fields + `}`
+	}
+	apps := conf("apps", `, "cidr": "10.44.0.0/24", "runtimeConfig": {"aliases": ["www"]}`)
+	add := func(container, conf string, env ...string) cniAnswer {
+		t.Helper()
+		a, text := w.plugin(t, "ADD", container, "/run/netns/"+container, conf, env...)
+		if a.Status != 0 {
+			t.Fatalf("ADD %s: %s\n%s", container, text, w.logs())
+		}
+		return a
+	}
+	one := add("one", apps, "CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAME=web")
+	two := add("two", conf("apps", ""))
+	if one.IPs[0].Address != "10.44.0.100/24" || two.IPs[0].Gateway != "10.44.0.2" || two.IPs[0].Address == one.IPs[0].Address || len(two.IPs) != 2 {
+		t.Errorf("addresses: %+v, %+v", one.IPs, two.IPs)
+	}
+	for _, name := range []string{"web", "www", "web.apps.usernet.internal"} {
+		if got := w.Host.Must(t, "ip", "netns", "exec", "two", "dig", "+short", "+time=5", "@"+two.DNS.Nameservers[0], name); got != "10.44.0.100\n" {
+			t.Errorf("%s is %q", name, got)
+		}
+	}
+	w.Host.Must(t, "ip", "netns", "exec", "two", "ping", "-c", "1", "-W", "5", "10.44.0.100")
+	for _, tt := range []struct {
+		what, conf string
+		env        []string
+		code       int
+		words      string
+	}{
+		{"subnet clash", conf("more", `, "cidr": "10.44.0.0/16"`), nil, 100, "10.44.0.0/24"},
+		{"subnet of another", conf("apps", `, "cidr": "10.45.0.0/24"`), nil, 100, "10.44.0.0/24"},
+		{"name taken", conf("apps", ""), []string{"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAME=web"}, 100, "the name web is taken"},
+		{"address taken", conf("apps", `, "runtimeConfig": {"ips": ["10.44.0.100/24"]}`), nil, 100, "10.44.0.100"},
+		{"name that is none", conf("Apps", ""), nil, 7, "Apps"},
+	} {
+		if a, text := w.plugin(t, "ADD", "three", "/run/netns/three", tt.conf, tt.env...); a.Status != 1 || a.Code != tt.code || !strings.Contains(a.Msg, tt.words) {
+			t.Errorf("%s: status %d, %s", tt.what, a.Status, text)
+		}
+		if out := w.Host.Run(t, "ip", "-n", "three", "link", "show", "eth0"); out.Code == 0 {
+			t.Errorf("%s left %s", tt.what, out.Stdout)
+		}
+	}
+	add("three", conf("other", ""))
+	add("four", conf("apps", `, "isolate": true`))
+	// A port that nobody on the internet listens on, where every address is served.
+	w.Host.Exec(t, rig.Command{Args: []string{"ip", "netns", "exec", "one", "busybox", "httpd", "-f", "-p", "8000", "-h", w.conf}})
+	for where, want := range map[string]bool{"two": true, "three": false, "four": false} {
+		out := w.Host.Run(t, "ip", "netns", "exec", where, "curl", "-s", "-o", "/dev/null", "-m", "2", "http://10.44.0.100:8000/")
+		if got := out.Code == 0; got != want {
+			t.Errorf("%s reaches one: %v, want %v", where, got, want)
+		}
+	}
+	for _, c := range []string{"one", "two", "four"} {
+		if a, text := w.plugin(t, "DEL", c, "/run/netns/"+c, conf("apps", "")); a.Status != 0 {
+			t.Errorf("DEL: %s", text)
+		}
+	}
+	if a, text := w.plugin(t, "DEL", "three", "", conf("other", "")); a.Status != 0 {
+		t.Errorf("DEL: %s", text)
 	}
 	w.wantClean(t)
 }
@@ -544,7 +614,7 @@ func TestCNIBad(t *testing.T) {
 		{`"name": "net/1"`, 7, "invalid characters"},
 		{`"cniVersion": "9.0.0"`, 1, "incompatible"},
 	} {
-		conf := `{"cniVersion": "1.1.0", "name": "net", "type": "usernet", "unknown": 1, ` + tt.fields + `}`
+		conf := `{"cniVersion": "1.1.0", "name": "net", "type": "usernet", "unknown": 1, "cidr": "10.0.2.0/24", ` + tt.fields + `}`
 		a, text := w.plugin(t, "ADD", "c1", box, conf)
 		if a.Status != 1 || a.Code != tt.code || !strings.Contains(a.Msg, tt.words) || strings.Contains(a.Msg, "\n") {
 			t.Errorf("%s: status %d, %s; want code %d and %q", tt.fields, a.Status, text, tt.code, tt.words)

@@ -20,7 +20,7 @@ network_backend = "cni"
 cni_plugin_dirs = ["$1", "/usr/lib/cni"]
 END
 cat >.config/cni/net.d/apps.conflist <<END
-{"cniVersion": "0.4.0", "name": "apps", "plugins": [{"type": "usernet", "mtu": 9000,
+{"cniVersion": "0.4.0", "name": "apps", "plugins": [{"type": "usernet", "mtu": 9000, "cidr": "10.0.2.0/24",
 	"capabilities": {"portMappings": true, "aliases": true, "ips": true, "mac": true}}]}
 END
 image image.tar
@@ -37,6 +37,8 @@ left left-after-bad
 
 timeout 60 podman run -d --cgroups=disabled --network apps -p 8201:80 --name web box httpd -f -p 80 -h /www >/dev/null
 get http://127.0.0.1:8201/ | check publish '^inside$'
+# Another container finds it by its name.
+run apps box wget -q -O - http://web/ | check by-name '^inside$'
 timeout 30 podman stop -t 1 web >/dev/null 2>&1
 left left-after-stop
 timeout 30 podman start web >/dev/null 2>&1

@@ -54,9 +54,29 @@ mkdir -p "$dir/www"
 echo served >"$dir/www/index.html"
 head -c 1000000 /dev/urandom >"$dir/www/large"
 busybox httpd -f -p 8000 -h "$dir/www" &
+# A service manager of the user's wants a control group that it may divide, and
+# believes only a machine that systemd has booted. A script that starts one says so.
+group=
+if grep -qs '^# world: manager' "$1"; then
+	group=/sys/fs/cgroup/$(basename "$dir")
+	mkdir "$group"
+	chown -R $uid:$uid "$group"
+	mount -t tmpfs tmpfs /run
+	mkdir -p /run/systemd/system
+fi
 cd "$dir/home"
 export HOME="$dir/home" XDG_RUNTIME_DIR="$dir/run" TMPDIR="$dir/tmp" USER=$user
 unset DBUS_SESSION_BUS_ADDRESS XDG_CONFIG_HOME XDG_DATA_HOME
 status=0
-setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all "$@" || status=$?
+(
+	[ -z "$group" ] || echo $BASHPID >"$group/cgroup.procs"
+	exec setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all "$@"
+) || status=$?
+if [ -n "$group" ]; then
+	echo 1 >"$group/cgroup.kill"
+	for _ in $(seq 50); do
+		find "$group" -depth -type d -exec rmdir {} + 2>/dev/null && break
+		sleep 0.1
+	done
+fi
 exit $status
