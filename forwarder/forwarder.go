@@ -287,7 +287,7 @@ const (
 	// them netstack takes its segments for lost.
 	turnBudget = 512 << 10
 	// flowQuantum is what one flow may move in each direction of it.
-	flowQuantum = 128 << 10
+	flowQuantum = maxRead
 	// flowCost is what a flow's turn counts at least, so that many small
 	// ones end a turn as well.
 	flowCost = turnBudget / 64

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
@@ -203,8 +204,10 @@ const (
 	// it is all there is: one copy of a small answer is cheaper than asking
 	// for its length first.
 	scratchSize = 16 << 10
+	// superPayload is what netstack puts into a full super-frame.
+	superPayload = math.MaxUint16 - header.TCPTotalHeaderMaximumSize - 1
 	// maxRead bounds one read from a host socket into netstack's buffers.
-	maxRead = 128 << 10
+	maxRead = 2 * superPayload
 )
 
 // pumpUp sends what the guest has sent to the host, until about limit bytes are
@@ -379,6 +382,9 @@ func (fl *tcpFlow) readBulk() (int, unix.Errno) {
 	if q < scratchSize {
 		fl.bulk = false
 		return 0, 0
+	}
+	if q > superPayload {
+		q -= q % superPayload // the rest would make a small frame of its own
 	}
 	p := &fl.t.relay.large
 	*p = sockPayload{fd: fl.fd, left: q}
