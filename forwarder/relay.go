@@ -145,11 +145,10 @@ func (fl *tcpFlow) take() {
 		return
 	}
 	if ev&evHup != 0 && fl.guestGone() {
-		// Deliver what the guest sent before its reset.
-		fl.guestReadable = true
+		fl.downOpen, fl.guestReadable = false, true
 		fl.pumpUp(math.MaxInt)
 		if !fl.done {
-			fl.resetHost()
+			fl.drainHost()
 		}
 		return
 	}
@@ -225,13 +224,15 @@ func (fl *tcpFlow) pumpUp(limit int) (moved int) {
 			return
 		case *tcpip.ErrClosedForReceive:
 			if fl.guestGone() {
-				fl.resetHost()
+				fl.upOpen = false
+				fl.drainHost()
 				return
 			}
 			fl.guestFIN()
 			return
 		default:
-			fl.resetHost()
+			fl.upOpen = false
+			fl.drainHost()
 			return
 		}
 		full := v.full
@@ -464,6 +465,27 @@ func (fl *tcpFlow) drained() bool {
 	n, err := fl.ep.GetSockOptInt(tcpip.SendQueueSizeOption)
 	return err != nil || n == 0
 }
+
+// drainHost resets the host's end after the guest's is gone, as soon as the host
+// has what the guest sent before: it was acknowledged, and a reset would
+// discard what is still queued here.
+func (fl *tcpFlow) drainHost() {
+	if fl.done {
+		return
+	}
+	fl.aborted, fl.downOpen = true, false
+	if fl.hostDrained() {
+		fl.resetHost()
+		return
+	}
+	if _, ok := fl.t.draining[fl]; !ok {
+		fl.t.draining[fl] = fl.t.f.now.Add(drainTime)
+		fl.t.f.sweepIn(drainPoll)
+	}
+}
+
+// hostDrained reports whether the host has all that the guest has sent.
+func (fl *tcpFlow) hostDrained() bool { return !fl.upOpen && unsent(fl.fd) == 0 }
 
 // resetHost resets the host's end and forgets the flow.
 func (fl *tcpFlow) resetHost() {

@@ -25,8 +25,8 @@ type tcpTable struct {
 
 	dials map[stack.TransportEndpointID]*dial
 	flows map[*tcpFlow]struct{}
-	// draining are flows that are reset once the guest has what the host
-	// sent before its reset, or at the time given.
+	// draining are flows of which one end has been reset, as the other will be
+	// once it has what was sent before, or at the time given.
 	draining map[*tcpFlow]time.Time
 	// half are flows that are closed in one direction, and since when.
 	half map[*tcpFlow]time.Time
@@ -354,7 +354,11 @@ func (t *tcpTable) sweep() {
 		}
 	}
 	for fl, deadline := range t.draining {
-		if fl.drained() || t.f.now.After(deadline) {
+		late := t.f.now.After(deadline)
+		switch {
+		case fl.aborted && (late || fl.hostDrained()):
+			fl.resetHost()
+		case !fl.aborted && (late || fl.drained()):
 			fl.ep.Abort()
 			fl.finish()
 		}
