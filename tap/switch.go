@@ -74,6 +74,7 @@ type SwitchStats struct {
 type Switch struct {
 	*Endpoint
 	stats SwitchStats
+	now   func() time.Time
 
 	// mu guards following. It is held for reading while a descriptor is used,
 	// so that a closed one's number is not somebody else's yet.
@@ -108,7 +109,7 @@ func NewSwitch(o SwitchOptions) (*Switch, error) {
 	}
 	s := &Switch{
 		Endpoint: NewEndpoint(EndpointOptions{FD: fd, MTU: o.MTU, MAC: o.MAC, VnetHdr: o.VnetHdr, HoldAcks: o.HoldAcks}),
-		ports:    make(map[int32]*Port), macs: make(map[[6]byte]*Port), learned: make(map[[6]byte]*Port),
+		now:      time.Now, ports: make(map[int32]*Port), macs: make(map[[6]byte]*Port), learned: make(map[[6]byte]*Port),
 	}
 	s.Endpoint.sw = s
 	return s, nil
@@ -324,7 +325,7 @@ func (s *Switch) floodFrom(p *Port, n int) {
 		s.stats.Isolated.Add(1)
 		return
 	}
-	if !p.flood.take(time.Now(), n) {
+	if !p.flood.take(s.now(), n) {
 		s.stats.FloodLimited.Add(1)
 		return
 	}
@@ -339,7 +340,7 @@ func (s *Switch) floodFrom(p *Port, n int) {
 // floodUnknown writes the frame that was read last to the ports that stations
 // may stand behind that were not heard of yet.
 func (s *Switch) floodUnknown(p *Port, n int) {
-	if p.o.Isolated || !p.flood.take(time.Now(), n) {
+	if p.o.Isolated || !p.flood.take(s.now(), n) {
 		s.stats.FloodLimited.Add(1)
 		return
 	}

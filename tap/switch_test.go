@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -271,6 +272,8 @@ func TestSwitchFair(t *testing.T) {
 // TestSwitchFlood: a storm is bounded, and other frames go on.
 func TestSwitchFlood(t *testing.T) {
 	r := newSwitchRig(t, false, PortOptions{}, PortOptions{})
+	now := time.Now()
+	r.Switch.now = func() time.Time { return now }
 	arp := frameARP(everyone, stationMAC(0), 1, stationMAC(0), stationAddr(0), stationAddr(1))
 	got := 0
 	for range 3 * floodFrames {
