@@ -93,7 +93,7 @@ func TestCapture(t *testing.T) {
 
 		// The network's end is a capture's, and nothing of it is lost.
 		last, lastFile := capture("last")
-		w.Guest.Must(t, "ping", "-c", "1", w.Gateway4.String())
+		w.Guest.Must(t, "ping", "-c", "10", "-i", "0.2", w.Gateway4.String()) // it may take a moment to begin
 		a.Signal(syscall.SIGTERM)
 		a.WantExit(t, 0, 5*time.Second)
 		finish(last)

@@ -71,11 +71,13 @@ func TestTCPStreamsOfAllKinds(t *testing.T) {
 		{"stalls",
 			[]rig.Step{rig.SendPieces(size, 3, 5000), rig.Sleep(time.Second), rig.CloseWrite(), rig.Receive()},
 			[]rig.Step{rig.Sleep(time.Second / 2), rig.Exchange(size, 1000)}, size, size, false},
+		// Who resets has heard that all of its own has arrived: what is still in
+		// its socket goes with it.
 		{"guest resets",
 			[]rig.Step{rig.SendPieces(part, 4, 3000), rig.ReceiveN(part), rig.Reset()},
-			[]rig.Step{rig.SendPieces(part, 5, 3000), rig.ReceiveN(part), rig.Receive()}, part, part, true},
+			[]rig.Step{rig.ReceiveN(part), rig.SendPieces(part, 5, 3000), rig.Receive()}, part, part, true},
 		{"server resets",
-			[]rig.Step{rig.SendPieces(part, 6, 3000), rig.ReceiveN(part), rig.Receive()},
+			[]rig.Step{rig.ReceiveN(part), rig.SendPieces(part, 6, 3000), rig.Receive()},
 			[]rig.Step{rig.SendPieces(part, 7, 3000), rig.ReceiveN(part), rig.Reset()}, part, part, true},
 	}
 	var wg sync.WaitGroup
