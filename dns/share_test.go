@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,14 +39,17 @@ func burst(t *testing.T, addr netip.AddrPort, n int) map[string]*dns.Msg {
 	return answers
 }
 
-// together returns a handler that answers with h once n queries are there.
+// together returns a handler that answers with h once n queries are there. Where
+// that takes long, some of them come again.
 func together(n int, h handler) handler {
-	var wait sync.WaitGroup
-	wait.Add(n)
+	var came atomic.Int64
+	all := make(chan struct{})
 	return func(q []byte, tcp bool, send func([]byte)) {
 		if !tcp {
-			wait.Done()
-			wait.Wait()
+			if came.Add(1) == int64(n) {
+				close(all)
+			}
+			<-all
 		}
 		h(q, tcp, send)
 	}
