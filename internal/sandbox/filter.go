@@ -29,7 +29,7 @@ const (
 // through the calls one by one: the kernel remembers the answer for those whose
 // arguments do not matter (Linux 5.11).
 //
-// gVisor's seccomp package makes better programs, but takes 20 ms and 3 MB for
+// gVisor's seccomp package makes better programs, but takes tens of milliseconds and 3 MB for
 // that, each time a process starts.
 type filter []unix.SockFilter
 
