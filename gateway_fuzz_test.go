@@ -44,7 +44,7 @@ func newFuzzGateway(t testing.TB) *fuzzGateway {
 			}
 			go func() {
 				defer c.Close()
-				c.SetDeadline(time.Now().Add(5 * time.Second))
+				c.SetDeadline(time.Now().Add(time.Minute))
 				b := make([]byte, 4096)
 				n, _ := c.Read(b)
 				c.Write(b[:n])
@@ -104,7 +104,7 @@ func newFuzzGateway(t testing.TB) *fuzzGateway {
 // wait waits for the guest's end of the link.
 func (g *fuzzGateway) wait(t testing.TB, events int16) {
 	p := []unix.PollFd{{Fd: int32(g.fd), Events: events}}
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		n, err := unix.Poll(p, 1000)
 		if n > 0 && err == nil {
 			return

@@ -82,7 +82,16 @@ func udhcpc(g *guest) error {
 	}
 	// As a daemon that is told to release its lease, and to go.
 	line := strings.Replace(g.udhcpcLine(), "-q", "-p "+g.dir+"/pid", 1)
-	if _, err := g.sh(line + "& sleep 0.5; kill -USR2 $(cat " + g.dir + "/pid); sleep 0.2; kill $(cat " + g.dir + "/pid)"); err != nil {
+	log, pid := g.dir+"/daemon", g.dir+"/pid"
+	if _, err := g.sh("(" + line + ") > " + log + " 2>&1 &"); err != nil {
+		return err
+	}
+	defer g.sh("kill $(cat " + pid + ")")
+	// Before it has its lease it would forget the signal.
+	if err := g.wait(5*time.Second, "cat "+log, "lease of 10.0.2.100 obtained"); err != nil {
+		return err
+	}
+	if _, err := g.sh("kill -USR2 $(cat " + pid + ")"); err != nil {
 		return err
 	}
 	return g.released()
@@ -450,9 +459,9 @@ func listenRDNSS() (func(dns, domain string) error, error) {
 
 // poll waits until f is true.
 func poll(limit time.Duration, what string, f func() bool) error {
-	for deadline := time.Now().Add(limit); !f(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(max(limit, patience)); !f(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("no %s in %v", what, limit)
+			return fmt.Errorf("no %s in %v", what, max(limit, patience))
 		}
 	}
 	return nil

@@ -294,9 +294,13 @@ func (g *guest) sh(line string) (string, error) {
 	return out.String(), err
 }
 
-// wait runs a command until its output has all of the texts.
+// patience is what a machine with much to do may need for anything.
+const patience = 30 * time.Second
+
+// wait runs a command until its output has all of the texts, for limit or
+// patience, whichever is longer.
 func (g *guest) wait(limit time.Duration, line string, texts ...string) error {
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(max(limit, patience))
 	for {
 		out, _ := exec.Command("sh", "-c", line).CombinedOutput()
 		var lacks []string

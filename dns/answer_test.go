@@ -153,7 +153,7 @@ func FuzzAddresses(f *testing.F) {
 		if !bytes.Equal(msg, before) {
 			t.Error("the answer was changed")
 		}
-		if d := time.Since(start); d > 500*time.Millisecond {
+		if d := time.Since(start); d > 10*time.Second {
 			t.Errorf("took %v", d)
 		}
 		m := new(dns.Msg)

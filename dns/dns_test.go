@@ -58,7 +58,7 @@ func run(t testing.TB, s *Server) {
 			if err != nil {
 				t.Errorf("Run() = %v, want nil", err)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(time.Minute):
 			t.Error("Run does not end")
 		}
 		if n := s.inFlight.Load(); n != 0 {
@@ -135,7 +135,7 @@ func newMock(t testing.TB, h handler) *mock {
 			}
 			tasks.Go(func() {
 				defer c.Close()
-				c.SetDeadline(time.Now().Add(10 * time.Second))
+				c.SetDeadline(time.Now().Add(time.Minute))
 				for {
 					q, err := readFrame(c)
 					if err != nil {

@@ -363,7 +363,7 @@ func FuzzAnswer(f *testing.F) {
 		if got := truncate(bytes.Clone(msg), q.end, int(max(limit, minPayload))); len(got) > max(int(limit), minPayload) {
 			t.Errorf("truncate to %d gives %d bytes", limit, len(got))
 		}
-		if d := time.Since(start); d > 200*time.Millisecond {
+		if d := time.Since(start); d > 10*time.Second {
 			t.Errorf("took %v", d)
 		}
 	})
@@ -390,7 +390,7 @@ func TestHostileAnswers(t *testing.T) {
 			truncate(b, headerLen, minPayload)
 			if d := time.Since(start); d > 10*time.Millisecond {
 				t.Logf("%d bytes took %v", len(b), d)
-				if d > 100*time.Millisecond {
+				if d > 10*time.Second {
 					t.Fail()
 				}
 			}

@@ -21,8 +21,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// quick is less than the time that a question takes for which nobody has an
+// answer, and as much more than one takes that somebody has as fits in.
+const quick = flightTime - flightTime/8
+
 // patience is how long tests wait for what must come.
-const patience = 8 * time.Second
+const patience = 30 * time.Second
 
 // exchangers are the ways to ask.
 var exchangers = map[string]func(testing.TB, netip.AddrPort, []byte, time.Duration) []byte{
@@ -363,16 +367,16 @@ func TestUpstreamFaults(t *testing.T) {
 		tc      bool
 		most    time.Duration
 	}{
-		"closed":             {[]netip.AddrPort{closed}, "udp", dns.RcodeServerFailure, false, 500 * time.Millisecond},
-		"closed tcp":         {[]netip.AddrPort{closed}, "tcp", dns.RcodeServerFailure, false, 500 * time.Millisecond},
-		"silent":             {[]netip.AddrPort{addrPort(silent.LocalAddr())}, "udp", dns.RcodeServerFailure, false, 5 * time.Second},
-		"closed, good":       {[]netip.AddrPort{closed, good.addr}, "udp", 0, false, 500 * time.Millisecond},
-		"closed, good tcp":   {[]netip.AddrPort{closed, good.addr}, "tcp", 0, false, 500 * time.Millisecond},
-		"silent, good":       {[]netip.AddrPort{addrPort(silent.LocalAddr()), good.addr}, "udp", 0, false, time.Second},
-		"silent, good tcp":   {[]netip.AddrPort{addrPort(silent.LocalAddr()), good.addr}, "tcp", 0, false, time.Second},
-		"TC":                 {[]netip.AddrPort{tcpOnly.addr}, "udp", 0, true, 500 * time.Millisecond},
-		"TC, then tcp":       {[]netip.AddrPort{tcpOnly.addr}, "tcp", 0, false, 500 * time.Millisecond},
-		"IPv6 without route": {[]netip.AddrPort{netip.MustParseAddrPort("[2001:db8::1%no-such-if]:53"), good.addr}, "udp", 0, false, 500 * time.Millisecond},
+		"closed":             {[]netip.AddrPort{closed}, "udp", dns.RcodeServerFailure, false, quick},
+		"closed tcp":         {[]netip.AddrPort{closed}, "tcp", dns.RcodeServerFailure, false, quick},
+		"silent":             {[]netip.AddrPort{addrPort(silent.LocalAddr())}, "udp", dns.RcodeServerFailure, false, patience},
+		"closed, good":       {[]netip.AddrPort{closed, good.addr}, "udp", 0, false, quick},
+		"closed, good tcp":   {[]netip.AddrPort{closed, good.addr}, "tcp", 0, false, quick},
+		"silent, good":       {[]netip.AddrPort{addrPort(silent.LocalAddr()), good.addr}, "udp", 0, false, quick},
+		"silent, good tcp":   {[]netip.AddrPort{addrPort(silent.LocalAddr()), good.addr}, "tcp", 0, false, quick},
+		"TC":                 {[]netip.AddrPort{tcpOnly.addr}, "udp", 0, true, quick},
+		"TC, then tcp":       {[]netip.AddrPort{tcpOnly.addr}, "tcp", 0, false, quick},
+		"IPv6 without route": {[]netip.AddrPort{netip.MustParseAddrPort("[2001:db8::1%no-such-if]:53"), good.addr}, "udp", 0, false, quick},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -542,7 +546,11 @@ func (b *lockedBuffer) String() string {
 // TestManyWaiting holds the bound over real sockets, that what is known is
 // answered meanwhile, and that nothing stays open.
 func TestManyWaiting(t *testing.T) {
-	up := newMock(t, after(3*time.Second, fine))
+	release := make(chan struct{})
+	up := newMock(t, func(q []byte, overTCP bool, send func([]byte)) {
+		<-release
+		fine(q, overTCP, send)
+	})
 	s, addr := start(t, Config{
 		Upstreams: []netip.AddrPort{up.addr},
 		Records:   map[string][]netip.Addr{"here": addrs("192.0.2.9")},
@@ -565,13 +573,13 @@ func TestManyWaiting(t *testing.T) {
 			time.Sleep(100 * time.Microsecond)
 		}
 	}
-	begin := time.Now()
-	if m := unpack(t, exchangeUDP(t, addr, ask("here", dns.TypeA), patience)); len(m.Answer) != 1 || time.Since(begin) > 500*time.Millisecond {
-		t.Errorf("local name took %v under load", time.Since(begin))
+	if m := unpack(t, exchangeUDP(t, addr, ask("here", dns.TypeA), patience)); len(m.Answer) != 1 {
+		t.Errorf("local name under load: %v", m)
 	}
 	if n := s.Stats().InFlight; n != 512 {
 		t.Errorf("%d in flight, want 512", n)
 	}
+	close(release)
 	rcodes := make(map[int]int)
 	for _, c := range conns {
 		c.SetReadDeadline(time.Now().Add(patience))

@@ -22,7 +22,7 @@ func dialTCP(t *testing.T, addr netip.AddrPort) *net.TCPConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.SetDeadline(time.Now().Add(15 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	t.Cleanup(func() { c.Close() })
 	return c
 }
@@ -98,11 +98,11 @@ func TestStreamsEnd(t *testing.T) {
 		play func(c *net.TCPConn)
 		most time.Duration
 	}{
-		"idle": {func(*net.TCPConn) {}, 2 * time.Second},
+		"idle": {func(*net.TCPConn) {}, 30 * time.Second},
 		"idle after a query": {func(c *net.TCPConn) {
 			c.Write(framed)
 			readFrame(c)
-		}, 2 * time.Second},
+		}, 30 * time.Second},
 		"a byte at a time": {func(c *net.TCPConn) {
 			for i := range framed {
 				if _, err := c.Write(framed[i : i+1]); err != nil {
@@ -110,11 +110,11 @@ func TestStreamsEnd(t *testing.T) {
 				}
 				time.Sleep(100 * time.Millisecond)
 			}
-		}, 2 * time.Second},
-		"length 0":     {func(c *net.TCPConn) { c.Write([]byte{0, 0}) }, time.Second},
-		"length 11":    {func(c *net.TCPConn) { c.Write(append([]byte{0, 11}, q[:11]...)) }, time.Second},
-		"an answer":    {func(c *net.TCPConn) { c.Write(append([]byte{0, byte(len(q))}, reply(q, 0)...)) }, time.Second},
-		"half a frame": {func(c *net.TCPConn) { c.Write(framed[:10]); c.CloseWrite() }, time.Second},
+		}, 30 * time.Second},
+		"length 0":     {func(c *net.TCPConn) { c.Write([]byte{0, 0}) }, 30 * time.Second},
+		"length 11":    {func(c *net.TCPConn) { c.Write(append([]byte{0, 11}, q[:11]...)) }, 30 * time.Second},
+		"an answer":    {func(c *net.TCPConn) { c.Write(append([]byte{0, byte(len(q))}, reply(q, 0)...)) }, 30 * time.Second},
+		"half a frame": {func(c *net.TCPConn) { c.Write(framed[:10]); c.CloseWrite() }, 30 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

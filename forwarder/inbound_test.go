@@ -209,7 +209,7 @@ func TestInboundCarriesBytesBothWaysAtOnce(t *testing.T) {
 // gone waits until there are no flows.
 func gone(t *testing.T, n *network) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); n.fwd.Stats().TCPActive.Load() != 0; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); n.fwd.Stats().TCPActive.Load() != 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d flows are left", n.fwd.Stats().TCPActive.Load())
 		}
@@ -308,7 +308,7 @@ func TestInboundEnds(t *testing.T) {
 				if err == nil {
 					t.Error("the guest saw an end, want a reset")
 				}
-			case <-time.After(5 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("the guest saw nothing")
 			}
 			gone(t, n)
@@ -320,7 +320,7 @@ func TestInboundEnds(t *testing.T) {
 				defer close(ended)
 				io.ReadAll(c)
 				c.Write([]byte("answer"))
-				for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 					if _, err := c.Write([]byte("x")); err != nil {
 						return
 					}
@@ -393,7 +393,7 @@ func TestInboundLeavesNothingBehind(t *testing.T) {
 			}
 			wg.Wait()
 			gone(t, n)
-			for deadline := time.Now().Add(5 * time.Second); openFDs(t) > before && time.Now().Before(deadline); {
+			for deadline := time.Now().Add(time.Minute); openFDs(t) > before && time.Now().Before(deadline); {
 				time.Sleep(10 * time.Millisecond)
 			}
 			if after := openFDs(t); after > before {
@@ -437,7 +437,7 @@ func TestInboundUDP(t *testing.T) {
 		defer c.Close()
 		for j := range 3 {
 			fmt.Fprintf(c, "%d-%d", i, j)
-			c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			c.SetReadDeadline(time.Now().Add(time.Minute))
 			b := make([]byte, 100)
 			k, err := c.Read(b)
 			want := fmt.Sprintf("10.0.2.2:%d %d-%d", c.LocalAddr().(*net.UDPAddr).Port, i, j)

@@ -58,7 +58,7 @@ func TestFlowsAreListed(t *testing.T) {
 	u := n.dialUDP(at(gateway4, echo))
 	defer u.Close()
 	u.Write([]byte("1234"))
-	u.SetReadDeadline(time.Now().Add(5 * time.Second))
+	u.SetReadDeadline(time.Now().Add(30 * time.Second))
 	if _, err := u.Read(make([]byte, 9)); err != nil {
 		t.Fatal(err)
 	}
@@ -122,14 +122,14 @@ func TestKillFlow(t *testing.T) {
 		t.Fatal(err)
 	}
 	for side, c := range ends[0] {
-		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		c.SetReadDeadline(time.Now().Add(30 * time.Second))
 		_, err := c.Read(make([]byte, 1))
 		if side == 1 && !errors.Is(err, syscall.ECONNRESET) || err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("side %d of the killed flow reads %v, want a reset", side, err)
 		}
 	}
 	ends[1][0].Write([]byte("x"))
-	ends[1][1].SetReadDeadline(time.Now().Add(5 * time.Second))
+	ends[1][1].SetReadDeadline(time.Now().Add(30 * time.Second))
 	if _, err := ends[1][1].Read(make([]byte, 1)); err != nil {
 		t.Errorf("the other flow: %v", err)
 	}

@@ -46,7 +46,7 @@ func TestUDPCarriesEverySize(t *testing.T) {
 						t.Fatalf("write %d: %v", size, err)
 					}
 					got := make([]byte, 1<<16)
-					c.SetReadDeadline(time.Now().Add(3 * time.Second))
+					c.SetReadDeadline(time.Now().Add(20 * time.Second))
 					k, err := c.Read(got)
 					if err != nil || !bytes.Equal(got[:k], b) {
 						t.Errorf("%v: %d bytes came back as %d, %v", c.RemoteAddr(), size, k, err)
@@ -67,7 +67,7 @@ func TestUDPRefusalReachesTheGuest(t *testing.T) {
 	n := newNetwork(t, rigOptions{policy: open})
 	c := n.dialUDP(at(gateway4, port))
 	var err2 error
-	for deadline := time.Now().Add(3 * time.Second); err2 == nil && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); err2 == nil && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		_, err2 = c.Write([]byte("x"))
 	}
 	if err2 == nil || !bytes.Contains([]byte(err2.Error()), []byte("refused")) {
@@ -85,7 +85,7 @@ func TestUDPBurstKeepsBoundaries(t *testing.T) {
 	}
 	got := make([]byte, 1<<16)
 	for i, s := range sizes {
-		c.SetReadDeadline(time.Now().Add(3 * time.Second))
+		c.SetReadDeadline(time.Now().Add(20 * time.Second))
 		k, err := c.Read(got)
 		if err != nil || k != s {
 			t.Fatalf("datagram %d: %d bytes, %v; want %d", i, k, err, s)

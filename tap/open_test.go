@@ -192,7 +192,7 @@ func TestOpenPacket(t *testing.T) {
 func awaitCarrier(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
-		for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 			link, err := netlink.LinkByName(name)
 			if err != nil || time.Now().After(deadline) {
 				t.Fatalf("%s does not come up: %v", name, err)

@@ -161,7 +161,7 @@ func serve(t testing.TB, n Network, edit ...func(*Config)) string {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(time.Minute):
 			t.Error("the server does not end")
 		}
 	})

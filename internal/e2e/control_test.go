@@ -289,7 +289,7 @@ func TestControlSlowClients(t *testing.T) {
 	}
 	start := time.Now()
 	mustCtl(t, w, "flows", "--api-socket", w.Dir+"/control")
-	if took := time.Since(start); took > 5*time.Second {
+	if took := time.Since(start); took > 5*time.Second && os.Getenv(perfVariable) != "" {
 		t.Errorf("an answer took %v", took)
 	}
 }

@@ -181,7 +181,7 @@ func TestNotify(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.AttachFrom(t, w.User, w.Guest, rig.AttachOptions{Flags: w.flags, Env: []string{"NOTIFY_SOCKET=" + path}})
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	c.SetReadDeadline(time.Now().Add(rig.Patience))
 	b := make([]byte, 4096)
 	n, err := c.Read(b)
 	if !strings.Contains(string(b[:n]), "READY=1") {

@@ -133,7 +133,7 @@ func (s *shared) usernet(t *testing.T, args ...string) ran {
 func within(t *testing.T, limit time.Duration, what string, f func() bool) {
 	t.Helper()
 	if !rig.Poll(limit, f) {
-		t.Errorf("%s: not within %v", what, limit)
+		t.Errorf("%s: not within %v", what, max(limit, rig.Patience))
 	}
 }
 
@@ -460,7 +460,7 @@ var hearGroup = rig.NewFunc("e2e.hearGroup", func(ctx context.Context, group str
 		return "", err
 	}
 	defer c.Close()
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	c.SetReadDeadline(time.Now().Add(rig.Patience))
 	b := make([]byte, 2048)
 	n, _, err := c.ReadFromUDP(b)
 	return string(b[:n]), err

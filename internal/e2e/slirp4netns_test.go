@@ -92,7 +92,7 @@ func runInWorld(t *testing.T, script string, args ...string) string {
 	}
 	args = append([]string{dir, filepath.Join(dir, script)}, args...)
 	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "world.sh"), args...)
-	timer := time.AfterFunc(5*time.Minute, func() { _ = cmd.Process.Kill() })
+	timer := time.AfterFunc(10*time.Minute, func() { _ = cmd.Process.Kill() })
 	defer timer.Stop()
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()

@@ -128,7 +128,7 @@ func TestSystemdCommand(t *testing.T) {
 		Args: []string{"/bin/sh", "-c", line},
 		Env:  []string{"PATH=" + bin + ":/usr/bin:/bin", "NOTIFY_SOCKET=" + notify, "FLAGS=-p 127.0.0.1:18080:80 --mtu 1500"},
 	})
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(rig.Patience))
 	state := make([]byte, 4096)
 	n, err := c.Read(state)
 	if !strings.Contains(string(state[:n]), "READY=1") {

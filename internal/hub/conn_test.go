@@ -115,7 +115,7 @@ func TestPlace(t *testing.T) {
 		if l != nil {
 			l.Close()
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the place is not free")
 	}
 	if _, err := os.Stat(p.Dir()); err == nil {

@@ -92,12 +92,15 @@ func (a *Attach) HangUp() { a.exit.Close() }
 // waitReady waits for the "1" on the ready-fd.
 func (a *Attach) waitReady(t testing.TB, ready *os.File) {
 	t.Helper()
-	ready.SetReadDeadline(time.Now().Add(20 * time.Second))
+	ready.SetReadDeadline(time.Now().Add(Patience))
 	b, err := io.ReadAll(io.LimitReader(ready, 1))
 	if err == nil && string(b) == "1" {
 		return
 	}
-	a.Wait(2 * time.Second) // so that its last words are complete
+	select {
+	case <-a.done: // so that its last words are complete
+	case <-time.After(2 * time.Second):
+	}
 	t.Fatalf("%s (%s) is not ready: got %q, %v\n%s", a.Name, a.state(), b, err, tail(a.Stdout()+a.Stderr(), 4000))
 }
 

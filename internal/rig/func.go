@@ -36,10 +36,10 @@ func NewFunc[In, Out any](name string, f func(context.Context, In) (Out, error))
 		}
 		return f(ctx, in)
 	}
-	return Func[In, Out]{name: name, timeout: 30 * time.Second}
+	return Func[In, Out]{name: name, timeout: Patience}
 }
 
-// Within gives f another deadline than 30 seconds.
+// Within gives f another deadline than a minute.
 func (f Func[In, Out]) Within(d time.Duration) Func[In, Out] {
 	f.timeout = d
 	return f

@@ -125,12 +125,12 @@ func (n *Net) Leftovers(t testing.TB, names ...string) []string {
 	return listProcesses.On(t, n.Host, names)
 }
 
-// WantNothingLeft ends the test if such a process is still there after limit.
+// WantNothingLeft ends the test if such a process is still there after limit or Patience.
 func (n *Net) WantNothingLeft(t testing.TB, limit time.Duration, names ...string) {
 	t.Helper()
 	var left []string
 	if !Poll(limit, func() bool { left = n.Leftovers(t, names...); return len(left) == 0 }) {
-		t.Errorf("still running after %v:\n%s", limit, strings.Join(left, "\n"))
+		t.Errorf("still running after %v:\n%s", max(limit, Patience), strings.Join(left, "\n"))
 	}
 }
 

@@ -23,11 +23,19 @@ type Proc struct {
 // Done is closed when the program has ended.
 func (p *Proc) Done() <-chan struct{} { return p.done }
 
-// Wait waits for the end of the program: its exit status, or 128 + signal.
+// Patience is what a machine with much to do may need for anything: whatever
+// waits for something that has to happen waits at least that long.
+const Patience = time.Minute
+
+// strict has what comes late be an error: on a machine that has nothing else to do.
+var strict = os.Getenv("USERNET_PERF") != ""
+
+// Wait waits for the end of the program, for limit or Patience, whichever is
+// longer: its exit status, or 128 + signal.
 func (p *Proc) Wait(limit time.Duration) (code int, ok bool) {
 	select {
 	case <-p.done:
-	case <-time.After(limit):
+	case <-time.After(max(limit, Patience)):
 		return -1, false
 	}
 	if p.status.Signaled() {
@@ -36,17 +44,19 @@ func (p *Proc) Wait(limit time.Duration) (code int, ok bool) {
 	return p.status.ExitStatus(), true
 }
 
-// WantExit ends the test unless the program ends with code within limit. It
-// returns how long that took.
+// WantExit ends the test unless the program ends with code. How long that takes
+// is returned, and more than limit an error only where USERNET_PERF is set: it
+// says as much of the machine as of the program.
 func (p *Proc) WantExit(t testing.TB, code int, limit time.Duration) time.Duration {
 	t.Helper()
 	start := time.Now()
-	// Ten times the limit tells "late" from "never".
 	got, ok := p.Wait(10 * limit)
 	took := time.Since(start).Round(time.Millisecond)
 	switch {
 	case !ok:
 		t.Fatalf("%s still runs after %v", p.Name, took)
+	case took > limit && !strict:
+		t.Logf("%s took %v to end, want at most %v on a machine of its own", p.Name, took, limit)
 	case took > limit:
 		t.Errorf("%s took %v to end, want at most %v", p.Name, took, limit)
 	}
@@ -69,7 +79,7 @@ func (p *Proc) Kill() {
 	p.Signal(syscall.SIGKILL)
 	select {
 	case <-p.done:
-	case <-time.After(5 * time.Second):
+	case <-time.After(Patience):
 	}
 }
 
@@ -112,13 +122,14 @@ func (p *Proc) WaitOutput(t testing.TB, text string, limit time.Duration) {
 		}
 		return found() || ended
 	}) || !found() {
-		t.Fatalf("%s (%s) did not write %q within %v\n%s", p.Name, p.state(), text, limit, tail(p.Stdout()+p.Stderr(), 4000))
+		t.Fatalf("%s (%s) did not write %q within %v\n%s", p.Name, p.state(), text, max(limit, Patience), tail(p.Stdout()+p.Stderr(), 4000))
 	}
 }
 
-// Poll calls f until it returns true, at most for limit.
+// Poll calls f until it returns true, at most for limit or Patience, whichever is
+// longer.
 func Poll(limit time.Duration, f func() bool) bool {
-	for deadline := time.Now().Add(limit); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(max(limit, Patience)); ; time.Sleep(10 * time.Millisecond) {
 		if f() {
 			return true
 		}

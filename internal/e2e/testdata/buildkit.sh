@@ -18,10 +18,7 @@ timeout 120 rootlesskit --net=slirp4netns --slirp4netns-binary="$program" --copy
 	buildkitd --root "$PWD/.local" --addr "unix://$PWD/socket" --oci-worker-snapshotter native --oci-worker-no-process-sandbox \
 	--oci-worker-net host --containerd-worker=false >log 2>&1 &
 kit=$!
-for _ in $(seq 100); do
-	[ -S socket ] && break
-	sleep 0.2
-done
+patiently [ -S socket ]
 running | check spawned '--mtu 65520 -r 3 --disable-host-loopback [0-9]+ tap0'
 timeout 60 buildctl --addr "unix://$PWD/socket" build --progress plain --no-cache --frontend dockerfile.v0 --local context=context --local dockerfile=context >log.build 2>&1
 cat log.build log | check build 'inet 10.0.2.100/24' 'mtu 65520' 'default via 10.0.2.2' 'nameserver 10.0.2.3' ' served$'

@@ -18,35 +18,35 @@ check() {
 	echo "ok $name"
 }
 
-# get URL asks until somebody answers, for a server takes a moment to listen.
-get() {
-	local _
-	for _ in $(seq 100); do
-		timeout 2 busybox wget -q -O - "$1" 2>/dev/null && return
+# patiently COMMAND... runs it until it succeeds, for a minute: what happens some
+# time happens late on a machine that has much to do.
+patiently() {
+	local end=$((SECONDS + 60))
+	until "$@"; do
+		[ $SECONDS -lt $end ] || return
 		sleep 0.1
 	done
-	echo "nobody answers at $1"
+}
+
+# none COMMAND... succeeds if it says nothing.
+none() { [ -z "$("$@")" ]; }
+
+# get URL asks until somebody answers, for a server takes a moment to listen.
+get() {
+	patiently timeout 5 busybox wget -q -O - "$1" 2>/dev/null || echo "nobody answers at $1"
 }
 
 # connect ADDRESS [SOCAT OPTION] reads from a TCP server as soon as there is one.
 connect() {
-	local _
-	for _ in $(seq 50); do
-		timeout 5 socat -u "TCP:$1,connect-timeout=2${2:+,$2}" - 2>/dev/null | grep . && return
-		sleep 0.1
-	done
-	echo "nobody answers at $1"
+	patiently hear "TCP:$1,connect-timeout=5${2:+,$2}" || echo "nobody answers at $1"
 }
+hear() { timeout 10 socat -u "$1" - 2>/dev/null | grep .; }
 
 # tell ADDRESS [SOCAT OPTION] sends a datagram until somebody answers.
 tell() {
-	local _ answer
-	for _ in $(seq 30); do
-		answer=$(echo hello | timeout 5 socat -t 0.3 - "UDP:$1${2:+,$2}" 2>/dev/null)
-		[ -n "$answer" ] && echo "$answer" && return
-	done
-	echo "nobody answers at $1"
+	patiently shout "UDP:$1${2:+,$2}" || echo "nobody answers at $1"
 }
+shout() { echo hello | timeout 10 socat -t 1 - "$1" 2>/dev/null | grep .; }
 
 # running lists the processes of program, its helpers included.
 running() {
@@ -63,13 +63,8 @@ running() {
 
 # left NAME: no process of program stays.
 left() {
-	local _ found
-	for _ in $(seq 100); do
-		found=$(running)
-		[ -z "$found" ] && echo "ok $1" && return
-		sleep 0.1
-	done
-	echo "FAIL $1: $found"
+	patiently none running
+	running | check "$1" '!.'
 }
 
 # image FILE makes an image of busybox, with a page to serve. The host's

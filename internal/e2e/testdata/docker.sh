@@ -20,15 +20,13 @@ build() { # by BuildKit, for which newer clients want a plugin
 	grep -q buildx log.build && DOCKER_BUILDKIT=0 docker build --no-cache context >log.build 2>&1
 }
 
+up() { docker version >/dev/null 2>&1 || ! kill -0 $dockerd 2>/dev/null; }
+
 port=8300
 for driver in builtin slirp4netns; do
-	DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=$driver dockerd-rootless.sh --storage-driver=vfs >"log.$driver" 2>&1 &
+	DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=$driver dockerd-rootless.sh --storage-driver=vfs --exec-opt native.cgroupdriver=cgroupfs >"log.$driver" 2>&1 &
 	dockerd=$!
-	for _ in $(seq 300); do
-		docker version >/dev/null 2>&1 && break
-		kill -0 $dockerd 2>/dev/null || break
-		sleep 0.2
-	done
+	patiently up
 	if ! docker import image.tar box >/dev/null; then
 		echo "FAIL start-$driver: $(tail -n 20 "log.$driver" | tr '\n' '|')"
 		kill $dockerd 2>/dev/null
@@ -36,7 +34,7 @@ for driver in builtin slirp4netns; do
 		continue
 	fi
 	running | check spawned-$driver '--disable-host-loopback.*--enable-sandbox --enable-seccomp [0-9]+ tap0'
-	docker run --rm box sh -c 'ip address; ip route; nslookup www.example.test; wget -q -O - http://www.example.test:8000/; wget -T 2 -q -O - http://10.0.2.2:8000/ || echo closed' 2>&1 |
+	docker run --rm box sh -c 'ip address; ip route; nslookup www.example.test; wget -q -O - http://www.example.test:8000/; wget -T 10 -q -O - http://10.0.2.2:8000/ || echo closed' 2>&1 |
 		check bridge-$driver 'inet 172.17.0.' 'default via 172.17.0.1' 'Address.*192.0.2.1' '^served$' '^closed'
 	port=$((port + 2))
 	docker run -d --name web -p $port:80 box httpd -f -p 80 -h /www >/dev/null

@@ -17,13 +17,12 @@ start() {
 	launch "$program" "$@"
 }
 newGuest() {
-	unshare --user --map-root-user --net sleep 100 &
+	unshare --user --map-root-user --net sleep 1000 &
 	guest=$!
-	for _ in $(seq 100); do
-		[ "$(cat /proc/$guest/comm)" = sleep ] && break
-		sleep 0.02
-	done
+	patiently sleeps $guest
 }
+sleeps() { [ "$(cat /proc/$1/comm)" = sleep ]; }
+ready() { [ -s ready ] || ! kill -0 $network 2>/dev/null; }
 launch() { # COMMAND...
 	rm -f ready gate
 	mkfifo gate
@@ -31,12 +30,8 @@ launch() { # COMMAND...
 	"${@/GUEST/$guest}" -r 3 -e 4 3>ready 4<gate >out 2>err &
 	network=$!
 	exec 5>gate
-	for _ in $(seq 100); do
-		[ -s ready ] && return
-		kill -0 $network 2>/dev/null || break
-		sleep 0.05
-	done
-	echo "FAIL launch $*: $(cat out err | tr '\n' '|')"
+	patiently ready
+	[ -s ready ] || echo "FAIL launch $*: $(cat out err | tr '\n' '|')"
 }
 finish() {
 	exec 5>&-
@@ -46,7 +41,7 @@ finish() {
 	wait "$guest" 2>/dev/null
 }
 status() { "$program" "$@" >out 2>err; echo "status $?"; cat err; sed 's/^/out: /' out; }
-ask() { printf '%s' "$1" | timeout 5 ncat -U api 2>/dev/null; echo; }
+ask() { printf '%s' "$1" | timeout 20 ncat -U api 2>/dev/null; echo; }
 serve() { # PORT: says who asks
 	socat "TCP-LISTEN:$1,fork,reuseaddr" SYSTEM:'echo from $SOCAT_PEERADDR' &
 }
@@ -54,11 +49,10 @@ serveInside() { # PORT
 	(inside socat "TCP-LISTEN:$1,fork,reuseaddr" SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
 	inner=$!
 }
-talkSoon() { # as talk, once the server is there
-	local _
-	for _ in $(seq 50); do talk "$1" | grep from && return; sleep 0.1; done
-}
-talk() { timeout 5 socat -u "TCP:$1,connect-timeout=2" - 2>&1; }
+talkSoon() { patiently answered "$1"; } # as talk, once the server is there
+answered() { talk "$1" | grep from; }
+talk() { timeout 20 socat -u "TCP:$1,connect-timeout=20" - 2>&1; }
+listens() { inside ss -Hltn "sport = :$1" | grep -q .; }
 serve 7777
 server=$!
 socat TCP6-LISTEN:7778,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR' &
@@ -88,32 +82,34 @@ start GUEST tap11 -c --mt=65520 --api-sock=api --macaddress=0e:d4:18:d9:38:fb
 [ "$(cat ready)" = 1 ] && [ "$(stat -c %s ready)" = 1 ] && echo "ok ready-byte" || echo "FAIL ready-byte: $(od -c ready)"
 inside ip address show | check configured 'lo: .*UP' 'tap11: .*UP.* mtu 65520' '0e:d4:18:d9:38:fb' 'inet 10.0.2.100/24 brd 10.0.2.255'
 inside ip route | check route 'default via 10.0.2.2 dev tap11'
-talk 127.0.0.1:7777 >/dev/null
-inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check host-loopback 'from 127.0.0.1'
-inside timeout 5 socat -u TCP:169.254.169.254:7777 - | check link-local 'from'
-inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check own-address 'from'
-inside timeout 5 socat -u TCP:10.0.2.2:9,connect-timeout=2 - 2>&1 | check refused 'Connection refused'
-inside timeout 5 socat -u TCP:203.0.113.1:9,connect-timeout=2 - 2>&1 | check unreachable 'No route to host'
-inside timeout 5 socat -u TCP:203.0.113.65:9,connect-timeout=2 - 2>&1 | check prohibited 'Network is unreachable'
-inside timeout 5 socat -u TCP:203.0.113.129:9,connect-timeout=2 - 2>&1 | check blackhole 'Network is unreachable'
+talkSoon 127.0.0.1:7777 >/dev/null
+talkSoon '[::1]:7778' >/dev/null
+inside timeout 20 socat -u TCP:10.0.2.2:7777 - | check host-loopback 'from 127.0.0.1'
+inside timeout 20 socat -u TCP:169.254.169.254:7777 - | check link-local 'from'
+inside timeout 20 socat -u TCP:192.0.2.1:7777 - | check own-address 'from'
+inside timeout 20 socat -u TCP:10.0.2.2:9,connect-timeout=20 - 2>&1 | check refused 'Connection refused'
+inside timeout 20 socat -u TCP:203.0.113.1:9,connect-timeout=20 - 2>&1 | check unreachable 'No route to host'
+inside timeout 20 socat -u TCP:203.0.113.65:9,connect-timeout=20 - 2>&1 | check prohibited 'Network is unreachable'
+inside timeout 20 socat -u TCP:203.0.113.129:9,connect-timeout=20 - 2>&1 | check blackhole 'Network is unreachable'
 socat UDP-RECVFROM:7779,ip-add-membership=239.1.2.3:uplink,fork,reuseaddr SYSTEM:'echo from $SOCAT_PEERADDR' 5>&- &
 group=$!
-for _ in 1 2 3; do
-	inside timeout 1 python3 -c 'if 1:
+greet() {
+	inside timeout 5 python3 -c 'if 1:
 		import socket
 		s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 		s.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 4)
 		s.sendto(b"hello", ("239.1.2.3", 7779))
 		data, peer = s.recvfrom(100)
-		print(data.decode().strip(), "by", peer[0])' && break
-done | check multicast 'from 192.0.2.33 by 192.0.2.33'
+		print(data.decode().strip(), "by", peer[0])'
+}
+patiently greet | check multicast 'from 192.0.2.33 by 192.0.2.33'
 kill $group
-inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-udp '^192.0.2.1$'
-inside timeout 5 dig +short +tcp +tries=1 +time=2 @10.0.2.3 www.example.test | check dns-tcp '^192.0.2.1$'
-inside ping -c 1 -W 2 10.0.2.2 | check ping-gateway '1 received'
-inside ping -c 1 -W 2 10.0.2.3 | check ping-dns '1 received'
-inside ping -c 1 -W 2 192.0.2.7 | check ping-outside '1 received'
-inside timeout 5 ping -c 1 -W 2 10.0.2.50 2>&1 | check no-neighbour 'Unreachable|100% packet loss'
+inside timeout 20 dig +short +tries=3 +time=5 @10.0.2.3 www.example.test | check dns-udp '^192.0.2.1$'
+inside timeout 20 dig +short +tcp +tries=3 +time=5 @10.0.2.3 www.example.test | check dns-tcp '^192.0.2.1$'
+inside ping -c 1 -W 10 10.0.2.2 | check ping-gateway '1 received'
+inside ping -c 1 -W 10 10.0.2.3 | check ping-dns '1 received'
+inside ping -c 1 -W 10 192.0.2.7 | check ping-outside '1 received'
+inside timeout 20 ping -c 1 -W 10 10.0.2.50 2>&1 | check no-neighbour 'Unreachable|100% packet loss'
 grep . out err | check banner 'Starting slirp' '\* MTU:             65520$' '\* Network:         10.0.2.0$' '\* Netmask:         255.255.255.0$' '\* Gateway:         10.0.2.2$' \
 	'\* DNS:             10.0.2.3$' '\* DHCP begin:      10.0.2.15$' '\* DHCP end:        10.0.2.30$' '\* Recommended IP:  10.0.2.100$' \
 	'\* API Socket:      api$' '\* MAC address:     0e:d4:18:d9:38:fb$' 'WARNING: 127.0.0.1'
@@ -133,27 +129,28 @@ ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"nowhere","
 ask '{"execute":"remove_hostfwd","arguments":{"id":"1"}}' | check api-id-text 'remove_hostfwd: bad arguments.id'
 ask '{"execute":"list_hostfwd"}trailing' | check api-trailing '"entries"'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"sctp"}}' | check api-proto 'bad arguments.proto'
-for _ in 1 2 3 4 5; do # what never ends to write may not come to read
-	timeout 5 ncat -U api </dev/zero 2>/dev/null | grep . && break
-done | check api-too-large 'bad request: too large message'
+# What never ends to write may not come to read.
+flood() { timeout 5 ncat -U api </dev/zero 2>/dev/null | grep .; }
+patiently flood | check api-too-large 'bad request: too large message'
 serveInside 80
 (inside socat UDP-RECVFROM:81,fork SYSTEM:'echo from $SOCAT_PEERADDR') 5>&- &
-sleep 0.3
-talk 192.0.2.1:8301,bind=192.0.2.9 | check forward-source 'from 192.0.2.9'
+talkSoon 192.0.2.1:8301,bind=192.0.2.9 | check forward-source 'from 192.0.2.9'
 talk 127.0.0.1:8301 | check forward-loopback 'from 10.0.2.2'
-for try in 1 2 3 4 5; do # the server inside may not be there yet, and a datagram is lost then
-	answer=$(echo hello | timeout 5 socat -t 1 - UDP:192.0.2.1:8302,bind=192.0.2.9)
-	[ -n "$answer" ] && break
-	sleep 0.3
-done
-echo "$answer" | check forward-udp 'from 192.0.2.9'
+tell 192.0.2.1:8302 bind=192.0.2.9 | check forward-udp 'from 192.0.2.9'
 (inside socat TCP-LISTEN:82 PIPE) 5>&- &
+patiently listens 82
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8305,"guest_port":82}}' >id
-(sleep 0.5; echo before; sleep 1.5; echo after) | timeout 5 socat - TCP:192.0.2.1:8305 >talked &
+mkfifo words
+timeout 150 socat - TCP:192.0.2.1:8305 <words >talked 5>&- &
 talker=$!
-sleep 1
+exec 6>words
+echo before >&6
+patiently grep -q before talked
 ask "{\"execute\":\"remove_hostfwd\",\"arguments\":{\"id\":$(grep -oE '[0-9]+' id)}}" >/dev/null
 ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove '"return": *\{ *\}'
+echo after >&6
+patiently grep -q after talked
+exec 6>&-
 wait $talker
 check forward-lives-on before after <talked
 ask '{"execute":"remove_hostfwd","arguments":{"id":1}}' | check api-remove-again 'slirp_remove_hostfwd failed'
@@ -161,9 +158,8 @@ talk 127.0.0.1:8301 | check forward-removed 'Connection refused'
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp6","host_addr":"::1","host_port":8303,"guest_port":80}}' | check api-add-ipv6 '"id": *[0-9]'
 talk '[::1]:8303' | check forward-ipv6 'from '
 ask '{"execute":"add_hostfwd","arguments":{"proto":"udp6","host_port":8307,"guest_port":81}}' >/dev/null
-for _ in 1 2 3; do
-	echo hello | timeout 5 socat -t 1 - UDP6:[2001:db8::9]:8307 | grep . && break
-done | check forward-ipv6-udp 'from 10.0.2.2'
+tell6() { echo hello | timeout 20 socat -t 1 - UDP6:[2001:db8::9]:8307 2>/dev/null | grep .; }
+patiently tell6 | check forward-ipv6-udp 'from 10.0.2.2'
 echo data >&5
 sleep 0.2
 kill -0 $network 2>/dev/null && echo "ok exit-fd-data" || echo "FAIL exit-fd-data: it has ended"
@@ -179,22 +175,22 @@ sleep 0.2 <said &
 : >ready
 "$program" -c -a api -r 3 "$guest" tap0 3>ready >said 2>&1 &
 network=$!
-for _ in $(seq 100); do [ -s ready ] && break; sleep 0.05; done
+patiently ready
 sleep 0.3
 ask x | check broken-pipe 'cannot parse JSON'
 kill -0 $network 2>/dev/null && echo "ok broken-pipe-lives" || echo "FAIL broken-pipe-lives: it has ended"
 kill $network
 wait $network 2>/dev/null
-timeout 5 "$program" -c -e 4 "$guest" tap0 >out 2>err 4< <(true)
+timeout 20 "$program" -c -e 4 "$guest" tap0 >out 2>err 4< <(true)
 echo "status $?" | check exit-fd-gone 'status 0'
 kill "$guest"
 
 start -c --disable-host-loopback --cidr=10.41.0.0/16 -m 1400 GUEST tap0
 inside ip address show tap0 | check cidr 'inet 10.41.0.100/16' 'mtu 1400'
-inside timeout 5 socat -u TCP:10.41.0.2:7777,connect-timeout=2 - 2>&1 | check closed-loopback 'Network is unreachable'
-inside ping -c 1 -W 2 10.41.0.2 | check closed-ping '1 received'
-inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check closed-own-address 'from'
-inside timeout 5 dig +short +tries=1 +time=2 @10.41.0.3 www.example.test | check closed-dns '^192.0.2.1$'
+inside timeout 20 socat -u TCP:10.41.0.2:7777,connect-timeout=20 - 2>&1 | check closed-loopback 'Network is unreachable'
+inside ping -c 1 -W 10 10.41.0.2 | check closed-ping '1 received'
+inside timeout 20 socat -u TCP:192.0.2.1:7777 - | check closed-own-address 'from'
+inside timeout 20 dig +short +tries=3 +time=5 @10.41.0.3 www.example.test | check closed-dns '^192.0.2.1$'
 kill $network
 wait $network
 echo "status $?" | check sigterm 'status 143'
@@ -203,49 +199,44 @@ finish
 # Its caller is root in the user namespace, as Buildah is.
 newGuest
 : >ready
-nsenter -t "$guest" --user --preserve-credentials unshare --net sleep 100 &
+nsenter -t "$guest" --user --preserve-credentials unshare --net sleep 1000 &
 sleeper=$!
-for _ in $(seq 100); do
-	[ "$(cat /proc/$sleeper/comm)" = sleep ] && break
-	sleep 0.02
-done
+patiently sleeps $sleeper
 nsenter -t "$guest" --user --preserve-credentials "$program" --mtu 65520 -r 3 -c $sleeper tap0 3>ready >out 2>err &
 network=$!
-for _ in $(seq 100); do [ -s ready ] && break; sleep 0.05; done
-nsenter -t $sleeper --user --net --preserve-credentials timeout 5 socat -u TCP:192.0.2.1:7777 - | cat - err | check within-userns 'from'
+patiently ready
+nsenter -t $sleeper --user --net --preserve-credentials timeout 20 socat -u TCP:192.0.2.1:7777 - | cat - err | check within-userns 'from'
 kill $network $sleeper "$guest"
 wait $network $sleeper "$guest" 2>/dev/null
 
 start -c --disable-dns --outbound-addr=192.0.2.9 GUEST tap0
-inside timeout 5 dig +tries=1 +time=1 @10.0.2.3 www.example.test 2>&1 | check no-dns 'timed out|no servers could be reached'
-inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check outbound-addr 'from 192.0.2.9'
-inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check outbound-addr-loopback 'from 192.0.2.9'
+inside timeout 20 dig +tries=1 +time=1 @10.0.2.3 www.example.test 2>&1 | check no-dns 'timed out|no servers could be reached'
+inside timeout 20 socat -u TCP:192.0.2.1:7777 - | check outbound-addr 'from 192.0.2.9'
+inside timeout 20 socat -u TCP:10.0.2.2:7777 - | check outbound-addr-loopback 'from 192.0.2.9'
 finish
 
 # The interface of the host is looked at once, and IPv6 stays out without -6.
 start -c --outbound-addr=uplink -m 68 GUEST tap0
-inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check outbound-interface 'from 192.0.2.33'
+inside timeout 20 socat -u TCP:192.0.2.1:7777 - | check outbound-interface 'from 192.0.2.33'
 inside ip address show tap0 | check mtu-least 'mtu 68'
-inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-least-transfer '!.'
+inside timeout 100 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-least-transfer '!.'
 finish
 start -c -m 65521 GUEST tap0
 inside ip address show tap0 | check mtu-most 'mtu 65521' '!inet6 fd00'
-inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-most-transfer '!.'
+inside timeout 100 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check mtu-most-transfer '!.'
 finish
 
 start -6 --outbound-addr6=2001:db8::9 --netns-type=path --userns-path=/proc/GUEST/ns/user /proc/GUEST/ns/net tap0
 inside ip address | check untouched '!10\.0\.2' '!tap0:.*UP' '!lo:.*UP'
-inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -n -q -f -s /bin/true' 2>&1 | check dhcp '10.0.2.15'
-for _ in $(seq 40); do
-	inside ip -6 address show tap0 | grep 'fd00::' | grep -vq tentative && break
-	sleep 0.1
-done
+inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -t 10 -n -q -f -s /bin/true' 2>&1 | check dhcp '10.0.2.15'
+addressed6() { inside ip -6 address show "$1" | grep 'fd00::' | grep -vq tentative; }
+patiently addressed6 tap0
 inside ip -6 address show tap0 | check slaac 'inet6 fd00::'
 inside ip -6 route | check ipv6-route 'default via fe80::2 '
-inside ping -c 1 -W 2 fd00::3 | check ipv6-ping '1 received'
-inside timeout 5 socat -u TCP:[fd00::2]:7778 - | check ipv6-loopback 'from '
-inside timeout 5 socat -u TCP:[2001:db8::1]:7778 - | check ipv6-outbound 'from .*2001:0?db8:.*:0*9.?$'
-inside timeout 5 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check ipv6-out '^served$'
+inside ping -c 1 -W 10 fd00::3 | check ipv6-ping '1 received'
+inside timeout 20 socat -u TCP:[fd00::2]:7778 - | check ipv6-loopback 'from '
+inside timeout 20 socat -u TCP:[2001:db8::1]:7778 - | check ipv6-outbound 'from .*2001:0?db8:.*:0*9.?$'
+inside timeout 100 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check ipv6-out '^served$'
 finish
 
 newGuest
@@ -254,10 +245,11 @@ card=$!
 launch "$program" --target-type=bess --api-sock=api "$PWD/bess"
 [ "$(cat ready)" = 1 ] && echo "ok bess-ready" || echo "FAIL bess-ready: $(od -c ready)"
 grep . out err | check bess-banner 'WARNING: BESS mode is experimental' 'Waiting for connection to'
+patiently inside ip link show eth0 >/dev/null 2>&1
 inside sh -ec 'ip link set lo up; ip link set eth0 up; ip address add 10.0.2.100/24 dev eth0; ip route add default via 10.0.2.2'
-inside ping -c 1 -W 2 10.0.2.2 | check bess-ping '1 received'
-inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check bess-dns '^192.0.2.1$'
-inside timeout 20 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check bess-transfer '!.'
+inside ping -c 1 -W 10 10.0.2.2 | check bess-ping '1 received'
+inside timeout 20 dig +short +tries=3 +time=5 @10.0.2.3 www.example.test | check bess-dns '^192.0.2.1$'
+inside timeout 100 busybox wget -q -O - http://192.0.2.1:8000/large | cmp - "$large" 2>&1 | check bess-transfer '!.'
 serveInside 80
 ask '{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8306,"guest_port":80}}' >/dev/null
 talkSoon 192.0.2.1:8306,bind=192.0.2.9 | check bess-forward 'from 192.0.2.9'
@@ -269,28 +261,24 @@ if "$program" --help | grep -q tapfd; then # since 1.3
 	newGuest
 	launch python3 "$here/tapfd.py" "$guest" tap7 "$program" --netns-type=tapfd --enable-ipv6 --enable-sandbox -m 1500 9
 	inside sh -ec 'ip link set lo up; ip link set tap7 up; ip address add 10.0.2.100/24 dev tap7; ip route add default via 10.0.2.2'
-	inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check tapfd-dns '^192.0.2.1$'
-	inside timeout 5 socat -u TCP:10.0.2.2:7777 - | check tapfd-tcp 'from 127.0.0.1'
+	inside timeout 20 dig +short +tries=3 +time=5 @10.0.2.3 www.example.test | check tapfd-dns '^192.0.2.1$'
+	inside timeout 20 socat -u TCP:10.0.2.2:7777 - | check tapfd-tcp 'from 127.0.0.1'
 	inside ip address show tap7 | check tapfd-untouched 'mtu 1500'
-	for _ in $(seq 40); do
-		inside ip -6 address show tap7 | grep 'fd00::' | grep -vq tentative && break
-		sleep 0.1
-	done
-	inside timeout 5 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check tapfd-ipv6 '^served$'
+	patiently addressed6 tap7
+	inside timeout 100 busybox wget -q -O - 'http://[2001:db8::1]:8000/' | check tapfd-ipv6 '^served$'
 	finish
 	echo "status $status" | check tapfd-exit 'status 0'
 fi
 
 start -c --enable-sandbox --enable-seccomp --disable-host-loopback GUEST tap0
-inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | check locked-dns '^192.0.2.1$'
-inside timeout 5 socat -u TCP:192.0.2.1:7777 - | check locked-tcp 'from'
+inside timeout 20 dig +short +tries=3 +time=5 @10.0.2.3 www.example.test | check locked-dns '^192.0.2.1$'
+inside timeout 20 socat -u TCP:192.0.2.1:7777 - | check locked-tcp 'from'
 grep -E '^(Cap|NoNew|Seccomp)' /proc/$network/status | check locked 'CapEff:\s*0*400|CapEff:\s*0*$' 'NoNewPrivs:\s*1' 'Seccomp:\s*2'
 # One that is locked can still replace the process that faces the guest.
 worker=$(running | awk '/usernet-worker/ { print $1 }')
 [ -z "$worker" ] || kill -9 $worker
-for _ in 1 2 3 4 5; do
-	inside timeout 5 dig +short +tries=1 +time=2 @10.0.2.3 www.example.test | grep 192 && break
-done | check locked-again '^192.0.2.1$'
+named() { inside timeout 20 dig +short +tries=3 +time=5 @10.0.2.3 www.example.test | grep 192; }
+patiently named | check locked-again '^192.0.2.1$'
 finish
 echo "status $status" | check locked-exit 'status 0'
 kill $server

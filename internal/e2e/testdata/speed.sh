@@ -14,6 +14,7 @@ printf '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime =
 image image.tar
 podman import -q image.tar box >/dev/null || exit 1
 container() { timeout 120 podman --network-cmd-path "$program" run --cgroups=disabled --network slirp4netns:port_handler=slirp4netns -v /usr:/usr:ro "$@"; }
+listening() { podman logs served 2>&1 | grep -q listening; }
 measure() { # WHAT COMMAND...
 	local what=$1
 	shift
@@ -26,7 +27,7 @@ for _ in $(seq "$rounds"); do
 		measure out container --rm box /usr/bin/iperf3 -J -t "$seconds" -c 192.0.2.1
 		measure in container --rm box /usr/bin/iperf3 -J -t "$seconds" -c 192.0.2.1 -R
 		container --name served -d -p 5300:5201 box /usr/bin/iperf3 -s >/dev/null
-		for _ in $(seq 50); do podman logs served 2>&1 | grep -q listening && break; sleep 0.1; done
+		patiently listening
 		measure published-in iperf3 -J -t "$seconds" -c 192.0.2.1 -p 5300
 		measure published-out iperf3 -J -t "$seconds" -c 192.0.2.1 -p 5300 -R
 		podman rm -f -t 0 served >/dev/null

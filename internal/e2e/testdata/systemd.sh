@@ -21,8 +21,10 @@ END
 mkdir -p .config/systemd/user/web.service.d
 printf '[Service]\nExecStart=\nExecStart=/bin/sh -c "/bin/sh %%h/www/fetch.sh; exec busybox httpd -f -p 8000 -h %%h/www"\n' >.config/systemd/user/web.service.d/test.conf
 /lib/systemd/systemd --user --log-target=console >manager.log 2>&1 & # it ends everything besides, with itself
-ctl() { timeout 20 systemctl --user --no-pager "$@"; }
-for _ in $(seq 100); do ctl is-system-running 2>/dev/null | grep -qE 'running|degraded' && break; sleep 0.1; done
+manager=$!
+ctl() { timeout 60 systemctl --user --no-pager "$@"; }
+up() { ctl is-system-running 2>/dev/null | grep -qE 'running|degraded' || ! kill -0 $manager 2>/dev/null; }
+patiently up
 if ! ctl list-units >/dev/null 2>&1; then
 	echo "FAIL manager: $(tail -n 1 manager.log)"
 	exit 0
@@ -56,18 +58,19 @@ END
 echo 'FLAGS=--network apps --name look --host-port 8000' >.config/usernet/look.env
 ctl daemon-reload
 ctl start look.service
-for _ in $(seq 100); do [ -s looked ] && break; sleep 0.1; done
+patiently [ -s looked ]
 cat looked 2>&1 | check zone '^inside$'
 ctl stop look.service
 
 # usernet is killed: another takes its place.
 first=$(ctl show --property MainPID --value usernet@web.service)
 [ "$first" -gt 1 ] && kill -9 "$first"
-for _ in $(seq 100); do
+replaced() {
+	local second
 	second=$(ctl show --property MainPID --value usernet@web.service)
-	[ "$second" != "$first" ] && [ "$second" != 0 ] && ctl is-active usernet@web.service >/dev/null && break
-	sleep 0.1
-done
+	[ "$second" != "$first" ] && [ "$second" != 0 ] && ctl is-active usernet@web.service >/dev/null
+}
+patiently replaced
 get http://127.0.0.1:8080/page | check restarted '^inside$'
 
 # The network goes with the service, and comes with it.

@@ -74,7 +74,7 @@ status=0
 ) || status=$?
 if [ -n "$group" ]; then
 	echo 1 >"$group/cgroup.kill"
-	for _ in $(seq 50); do
+	for _ in $(seq 300); do
 		find "$group" -depth -type d -exec rmdir {} + 2>/dev/null && break
 		sleep 0.1
 	done
