@@ -27,6 +27,7 @@ type engine interface {
 	leases(ctx context.Context) ([]Lease, error)
 	records(ctx context.Context) ([]Record, error)
 	setRecord(ctx context.Context, name string, addrs []netip.Addr) error
+	addRecord(ctx context.Context, name string, addrs []netip.Addr) (all []netip.Addr, err error)
 	removeRecord(ctx context.Context, name string) error
 	stats(ctx context.Context) (Stats, error)
 	// capture writes frames of the link called name until ctx is done.

@@ -139,6 +139,7 @@ const (
 	opLeases    = "leases"
 	opRecords   = "records"
 	opSetRecord = "set-record"
+	opAddRecord = "add-record"
 	opRemRecord = "remove-record"
 	opStats     = "stats"
 	opInspect   = "inspect"
@@ -857,6 +858,8 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 		return n.Records()
 	case opSetRecord:
 		return nil, n.SetRecord(q.Text, q.Addrs...)
+	case opAddRecord:
+		return nil, n.AddRecord(q.Text, q.Addrs...)
 	case opRemRecord:
 		return nil, n.RemoveRecord(q.Text)
 	case opStats:

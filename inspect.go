@@ -361,6 +361,17 @@ func (n *Network) SetRecord(name string, addrs ...netip.Addr) error {
 
 // setRecord implements engine.
 func (g *gateway) setRecord(_ context.Context, name string, addrs []netip.Addr) error {
+	if err := g.acceptsRecord(name, addrs); err != nil {
+		return err
+	}
+	if err := g.dns.SetRecord(name, addrs...); err != nil {
+		return badConfig("%v", err)
+	}
+	return nil
+}
+
+// acceptsRecord tells why a name cannot have addresses.
+func (g *gateway) acceptsRecord(name string, addrs []netip.Addr) error {
 	switch {
 	case g.dns == nil:
 		return ErrNoDNS
@@ -369,10 +380,30 @@ func (g *gateway) setRecord(_ context.Context, name string, addrs []netip.Addr) 
 	case len(g.dns.Records()) >= maxRecords:
 		return badConfig("name %q: there are %d already: remove some", name, maxRecords)
 	}
-	if err := g.dns.SetRecord(name, addrs...); err != nil {
-		return badConfig("%v", err)
-	}
 	return nil
+}
+
+// AddRecord gives a name addresses beside those it has.
+func (n *Network) AddRecord(name string, addrs ...netip.Addr) error {
+	if m := n.member.Load(); m != nil {
+		return m.ask(context.Background(), hubRequest{Op: opAddRecord, Text: name, Addrs: addrs}, nil)
+	}
+	return n.ask(func(ctx context.Context, e engine) error {
+		_, err := e.addRecord(ctx, name, addrs)
+		return err
+	})
+}
+
+// addRecord implements engine.
+func (g *gateway) addRecord(_ context.Context, name string, addrs []netip.Addr) ([]netip.Addr, error) {
+	if err := g.acceptsRecord(name, addrs); err != nil {
+		return nil, err
+	}
+	all, err := g.dns.AddRecord(name, addrs...)
+	if err != nil {
+		return nil, badConfig("%v", err)
+	}
+	return all, nil
 }
 
 // RemoveRecord takes a name away.

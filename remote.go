@@ -587,6 +587,14 @@ func (r *remote) setRecord(ctx context.Context, name string, addrs []netip.Addr)
 	return nil
 }
 
+func (r *remote) addRecord(ctx context.Context, name string, addrs []netip.Addr) (all []netip.Addr, err error) {
+	if err := r.call(ctx, opAddRecord, recordOrder{name, addrs}, &all); err != nil {
+		return nil, err
+	}
+	r.keepRecord(name, all)
+	return all, nil
+}
+
 func (r *remote) removeRecord(ctx context.Context, name string) error {
 	if err := r.call(ctx, opRemRecord, name, nil); err != nil {
 		return err

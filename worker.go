@@ -175,7 +175,9 @@ func (s *workerServer) ask(ctx context.Context, g *gateway, r *worker.Request) (
 		return nil, with(r, func(id uint64) error { return g.unpublish(ctx, id) })
 	case opInside:
 		return nil, with(r, func(own []netip.Addr) error {
-			return g.useInside(ctx, agent.NewSockets(r.TakeFD(), agent.Inside{}), own...)
+			sockets := agent.NewSockets(r.TakeFD(), agent.Inside{})
+			sockets.MakeSpares() // this process serves but one guest
+			return g.useInside(ctx, sockets, own...)
 		})
 	case opFlows:
 		return g.flows(ctx)
@@ -187,6 +189,12 @@ func (s *workerServer) ask(ctx context.Context, g *gateway, r *worker.Request) (
 		return g.records(ctx)
 	case opSetRecord:
 		return nil, with(r, func(o recordOrder) error { return g.setRecord(ctx, o.Name, o.Addrs) })
+	case opAddRecord:
+		var o recordOrder
+		if err := r.Decode(&o); err != nil {
+			return nil, err
+		}
+		return g.addRecord(ctx, o.Name, o.Addrs)
 	case opRemRecord:
 		return nil, with(r, func(name string) error { return g.removeRecord(ctx, name) })
 	case opStats:

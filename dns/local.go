@@ -65,6 +65,23 @@ func (l *locals) inZone(wire []byte) bool {
 // set gives each name its addresses, and takes it away if there are none. It
 // is all or nothing.
 func (l *locals) set(records map[string][]netip.Addr) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.setLocked(records)
+}
+
+// add gives name further addresses, and returns all that it has then.
+func (l *locals) add(name string, addrs []netip.Addr) ([]netip.Addr, error) {
+	name = canonical(name)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.setLocked(map[string][]netip.Addr{name: slices.Concat(l.names[name], addrs)}); err != nil {
+		return nil, err
+	}
+	return slices.Clone(l.names[name]), nil
+}
+
+func (l *locals) setLocked(records map[string][]netip.Addr) error {
 	clean := make(map[string][]netip.Addr, len(records))
 	for name, addrs := range records {
 		name = canonical(name)
@@ -85,8 +102,6 @@ func (l *locals) set(records map[string][]netip.Addr) error {
 		}
 		clean[name] = list
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.names == nil {
 		l.names = make(map[string][]netip.Addr)
 	}

@@ -158,7 +158,23 @@ func TestRecordsAtRunTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("after replacing", "b.internal", dns.RcodeSuccess, 1)
-	want := map[string][]netip.Addr{"a.internal": addrs("192.0.2.1"), "b.internal": addrs("192.0.2.4")}
+	for _, more := range []string{"192.0.2.4", "192.0.2.5"} { // what is there already stays one
+		if _, err := s.AddRecord("B.internal", addrs(more)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("after adding to it", "b.internal", dns.RcodeSuccess, 2)
+	if all, err := s.AddRecord("c.internal", addrs("192.0.2.6")...); err != nil || len(all) != 1 {
+		t.Errorf("AddRecord of a new name: %v, %v", all, err)
+	}
+	check("after adding", "c.internal", dns.RcodeSuccess, 1)
+	if _, err := s.AddRecord("c.internal", netip.Addr{}); err == nil {
+		t.Error("AddRecord of no address succeeds")
+	}
+	if !s.RemoveRecord("c.internal") {
+		t.Error("RemoveRecord does not know what was added")
+	}
+	want := map[string][]netip.Addr{"a.internal": addrs("192.0.2.1"), "b.internal": addrs("192.0.2.4", "192.0.2.5")}
 	if diff := cmp.Diff(want, s.Records(), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("Records (-want +got):\n%s", diff)
 	}

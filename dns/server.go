@@ -211,6 +211,15 @@ func (s *Server) SetRecord(name string, addrs ...netip.Addr) error {
 	return nil
 }
 
+// AddRecord gives the local name addresses beside those it has, and returns all.
+func (s *Server) AddRecord(name string, addrs ...netip.Addr) ([]netip.Addr, error) {
+	all, err := s.locals.add(name, addrs)
+	if err != nil {
+		return nil, fmt.Errorf("dns: add record: %w", err)
+	}
+	return all, nil
+}
+
 // RemoveRecord takes the local name away and reports whether there was one.
 func (s *Server) RemoveRecord(name string) bool { return s.locals.remove(name) }
 

@@ -39,6 +39,11 @@ type Inside interface {
 	// guest and seems to come from another; Flush sends what was asked for.
 	Dial(id uint32, from, to netip.AddrPort) error
 	Flush() error
+	// Spare returns a non-blocking socket for a client of this family that has
+	// still to be bound and connected, or -1 where the client has to Dial. Trim
+	// closes those that were not needed since it was last called.
+	Spare(six bool) int
+	Trim()
 	// Receive hands over the answers that are there.
 	Receive(got func(id uint32, fd int, errno unix.Errno)) error
 	Close()
@@ -89,6 +94,7 @@ type interior struct {
 	pending int  // dials
 	asked   bool // is in the table's list
 	gone    bool
+	trimmed time.Time
 }
 
 // maxInsideDials bounds the sockets that are asked for of one Inside. Clients
@@ -196,7 +202,10 @@ func (t *inboundTable) publish(in Inbound) (uint64, error) {
 		if in.Proto == UDP {
 			err = t.udp.open(p, fd)
 		} else {
-			l := &listener{t: t, port: p, fd: fd}
+			l := &listener{t: t, port: p, fd: fd, local: localAddr(fd).Addr().IsLoopback()}
+			if l.local {
+				congestion.Set(fd, t.f.congestion) // clients' sockets inherit it
+			}
 			if l.slot, err = t.f.poll.add(fd, unix.EPOLLIN, l); err == nil {
 				p.listeners = append(p.listeners, l)
 			}
@@ -231,6 +240,7 @@ type listener struct {
 	port   *inboundPort
 	fd     int
 	slot   int32
+	local  bool // on the host's loopback
 	paused bool
 	closed bool
 }
@@ -261,7 +271,11 @@ func (l *listener) ready(uint32) {
 		if errno != 0 {
 			break
 		}
-		t.admit(l.port, fd, ra.get())
+		client := ra.get()
+		if !l.local && client.IsValid() && t.f.onHost(client.Addr()) {
+			congestion.Set(fd, t.f.congestion)
+		}
+		t.admit(l.port, fd, client)
 	}
 	for i, in := range t.asked {
 		t.asked[i] = nil
@@ -312,9 +326,6 @@ func (t *inboundTable) resume() {
 
 // admit leads a client to the guest. A client on a unix socket has no address.
 func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
-	if client.IsValid() && t.f.onHost(client.Addr()) {
-		congestion.Set(fd, t.f.congestion)
-	}
 	c := arrival{fd: fd, client: client, to: p.to(client.Addr())}
 	if p.Preface != nil {
 		c.preface = p.Preface(client, localAddr(fd))
@@ -326,14 +337,46 @@ func (t *inboundTable) admit(p *inboundPort, fd int, client netip.AddrPort) {
 		t.f.tcp.dialGuest(c, t.routed(from), nil)
 		return
 	}
+	d := insideDial{in, p, c, from, t.f.clock()}
+	if fd := in.connect(from, to); fd >= 0 {
+		t.join(d, fd)
+		return
+	}
 	if !in.asked {
 		in.asked = true
 		t.asked = append(t.asked, in)
 	}
 	t.lastDial++
-	t.dials[t.lastDial] = insideDial{in, p, c, from, t.f.clock()}
+	t.dials[t.lastDial] = d
 	in.pending++
 	in.check(in.Dial(t.lastDial, from, to))
+}
+
+// firstPort is the first that nobody needs rights for.
+const firstPort = 1024
+
+// connect connects a spare socket, or returns -1. Whatever there is to say of a
+// client's port inside is left to those who know the namespace.
+func (in *interior) connect(from, to netip.AddrPort) int {
+	if from.Port() < firstPort {
+		return -1
+	}
+	fd := in.Spare(to.Addr().Is6())
+	if fd < 0 {
+		return -1
+	}
+	var ra rawAddr
+	ra.set(from)
+	errno := rawBind(fd, &ra)
+	if errno == 0 {
+		ra.set(to)
+		errno = rawConnect(fd, &ra)
+	}
+	if errno != 0 && errno != unix.EINPROGRESS {
+		unix.Close(fd)
+		return -1
+	}
+	return fd
 }
 
 // to is where in the guest a client goes.
@@ -471,6 +514,12 @@ func (t *inboundTable) sweep() {
 	}
 	t.udp.sweep()
 	t.pipes.trim()
+	for _, in := range t.insides {
+		if t.f.now.Sub(in.trimmed) >= sweepEvery {
+			in.trimmed = t.f.now
+			in.Trim()
+		}
+	}
 	for fl, since := range t.half {
 		if t.f.now.Sub(since) >= sweepEvery {
 			keepSocketAlive(fl.host.fd)
@@ -605,6 +654,11 @@ func ListenUnix(path string) (fd int, err error) {
 	}
 	unix.Close(fd)
 	return -1, err
+}
+
+func rawBind(fd int, a *rawAddr) unix.Errno {
+	_, _, errno := unix.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&a.b)), uintptr(a.len))
+	return errno
 }
 
 func rawAccept(fd int, from *rawAddr) (int, unix.Errno) {

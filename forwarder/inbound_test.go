@@ -50,6 +50,17 @@ func (l *loopback) Dial(id uint32, _, to netip.AddrPort) error {
 	return nil
 }
 
+// Spare returns sockets that cannot be had for a client's address.
+func (l *loopback) Spare(bool) int {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	return fd
+}
+
+func (l *loopback) Trim() {}
+
 func (l *loopback) Flush() error {
 	if len(l.asked) > 0 {
 		unix.Write(l.far, []byte{1})
@@ -354,6 +365,33 @@ func TestInboundEnds(t *testing.T) {
 			}
 			gone(t, n)
 		})
+	}
+}
+
+// TestInboundResetAtOnce: a server that lets a client in and resets it at once is
+// not asked again by another way, and its last words arrive.
+func TestInboundResetAtOnce(t *testing.T) {
+	n, addr := published(t, true, func(c halfConn) {
+		c.Write([]byte("last words"))
+		resetConn(c)
+	})
+	for range 200 {
+		c, err := net.Dial("tcp", addr)
+		if errors.Is(err, syscall.ECONNRESET) {
+			continue // all of it came before the client looked for the first time
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(c)
+		c.Close()
+		if string(b) != "last words" || !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("read %q, %v, want the last words and a reset", b, err)
+		}
+	}
+	gone(t, n)
+	if refused := n.fwd.Stats().Refused.Load(); refused != 0 {
+		t.Errorf("%d of 200 connections went by the interface, too", refused)
 	}
 }
 

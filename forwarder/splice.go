@@ -95,19 +95,25 @@ func (e *spliceEnd) ready(events uint32) {
 // connected looks whether the guest has answered.
 func (fl *spliceFlow) connected(e *spliceEnd, events uint32) bool {
 	switch {
-	case e.failed && e == &fl.guest:
+	case e == &fl.host.spliceEnd:
+		if e.failed { // the client has lost patience
+			fl.abort()
+		}
+		return false
+	case e.failed && !letIn(soError(e.fd)):
 		fl.detour()
 		return false
-	case e.failed: // the client has lost patience
-		fl.abort()
+	case !e.failed && (events&unix.EPOLLOUT == 0 || events&unix.EPOLLHUP != 0):
 		return false
-	case e == &fl.guest && events&unix.EPOLLOUT != 0 && events&unix.EPOLLHUP == 0:
-		fl.connecting = false
-		delete(fl.t.connecting, fl)
-		return true
 	}
-	return false
+	fl.connecting = false
+	delete(fl.t.connecting, fl)
+	return true
 }
+
+// letIn reports whether the error of a socket that connects is one of after it
+// was let in: its peer may have sent something, and shall not be asked again.
+func letIn(errno unix.Errno) bool { return errno == unix.ECONNRESET || errno == unix.EPIPE }
 
 const (
 	// detourAfter is how long the guest may take to answer a socket in its own

@@ -409,7 +409,16 @@ func fields(w io.Writer, d *json.Decoder, prefix string) error {
 
 func newDNS() *cobra.Command {
 	cmd := &cobra.Command{Use: "dns COMMAND", Short: "Show and change the names that a running network answers", Args: noArguments, RunE: showHelp, DisableFlagsInUseLine: true}
-	var list, set, remove ask
+	var list, add, set, remove ask
+	change := func(a *ask, use, short string, do func(*control.Client, context.Context, string, []netip.Addr) error) *cobra.Command {
+		return a.command(use, short, nameAndAddresses, func(cmd *cobra.Command, c *control.Client, args []string) error {
+			var addrs []netip.Addr
+			for _, a := range args[1:] {
+				addrs = append(addrs, netip.MustParseAddr(a))
+			}
+			return do(c, cmd.Context(), args[0], addrs)
+		})
+	}
 	cmd.AddCommand(
 		list.command("list", "List the names", noArguments, func(cmd *cobra.Command, c *control.Client, _ []string) error {
 			return list.show(cmd, c, "/v1/dns", func(w io.Writer, b []byte) error {
@@ -424,27 +433,25 @@ func newDNS() *cobra.Command {
 				return table(w, "NAME\tADDRESSES", rows)
 			})
 		}),
-		set.command("set NAME ADDR...", "Give a name its addresses, in place of those it had", func(cmd *cobra.Command, args []string) error {
-			if len(args) < 2 {
-				return usagef("read arguments: %s needs a name and an address", cmd.CommandPath())
-			}
-			for _, a := range args[1:] {
-				if _, err := address(a); err != nil {
-					return usagef("read arguments: %q: %v", a, err)
-				}
-			}
-			return nil
-		}, func(cmd *cobra.Command, c *control.Client, args []string) error {
-			var addrs []netip.Addr
-			for _, a := range args[1:] {
-				addrs = append(addrs, netip.MustParseAddr(a))
-			}
-			return c.SetRecord(cmd.Context(), args[0], addrs)
-		}),
+		change(&add, "add NAME ADDR...", "Give a name addresses beside those it has", (*control.Client).AddRecord),
+		change(&set, "set NAME ADDR...", "Give a name its addresses, in place of those it had", (*control.Client).SetRecord),
 		remove.command("remove NAME...", "Take names away", atLeastOne("a name, `usernet dns list` shows them"),
 			each(func(ctx context.Context, c *control.Client, name string) error { return c.RemoveRecord(ctx, name) })),
 	)
 	return cmd
+}
+
+// nameAndAddresses refuses other arguments.
+func nameAndAddresses(cmd *cobra.Command, args []string) error {
+	if len(args) < 2 {
+		return usagef("read arguments: %s needs a name and an address", cmd.CommandPath())
+	}
+	for _, a := range args[1:] {
+		if _, err := address(a); err != nil {
+			return usagef("read arguments: %q: %v", a, err)
+		}
+	}
+	return nil
 }
 
 func newLogLevel() *cobra.Command {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -166,6 +167,10 @@ func (in *inside) serve() {
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
 		return
 	}
+	if err == nil && n == spareSize {
+		in.serveSpares(in.buf[:n])
+		return
+	}
 	if err != nil || n == 0 || n%dialSize != 0 || flags&unix.MSG_TRUNC != 0 {
 		in.hangUp()
 		return
@@ -200,6 +205,26 @@ func (in *inside) serve() {
 	}
 }
 
+// serveSpares makes sockets whose clients are still to come.
+func (in *inside) serveSpares(request []byte) {
+	var fds []int
+	for range spareBatch {
+		fd, err := in.socket(binary.NativeEndian.Uint32(request) == familyNumber(true))
+		if err != nil {
+			break
+		}
+		fds = append(fds, fd)
+	}
+	err := sendTo(in.fd, request, fds)
+	if err != nil && len(fds) > 0 {
+		err = sendTo(in.fd, request, nil) // too many are under way
+	}
+	closeFDs(fds)
+	if err != nil {
+		in.hangUp()
+	}
+}
+
 // dial begins a connection to one of the namespace's addresses that seems to
 // come from another. If the client's port is taken inside, the connection comes
 // from another port of the client's.
@@ -215,11 +240,7 @@ func (in *inside) dial(from, to netip.AddrPort) (int, error) {
 }
 
 func (in *inside) dialFrom(from, to netip.AddrPort) (fd int, err error) {
-	domain, level, transparent := unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT
-	if to.Addr().Is6() {
-		domain, level, transparent = unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT
-	}
-	fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err = in.socket(to.Addr().Is6())
 	if err != nil {
 		return -1, err
 	}
@@ -228,24 +249,12 @@ func (in *inside) dialFrom(from, to netip.AddrPort) (fd int, err error) {
 			unix.Close(fd)
 		}
 	}()
-	options := []struct{ level, name, value int }{
-		{level, transparent, 1},
-		{unix.SOL_SOCKET, unix.SO_MARK, mark},
-		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
-		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
-		{unix.SOL_TCP, unix.TCP_NODELAY, 1},
+	if from.Port() == 0 {
 		// The port is chosen in connect, which knows the other end's.
-		{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1},
-	}
-	if from.Port() != 0 {
-		options = options[:len(options)-1]
-	}
-	for _, o := range options {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+		if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
 			return -1, err
 		}
 	}
-	congestion.Set(fd, in.congestion)
 	if err := unix.Bind(fd, sockaddr(from)); err != nil {
 		return -1, err
 	}
@@ -253,6 +262,33 @@ func (in *inside) dialFrom(from, to netip.AddrPort) (fd int, err error) {
 	if err := unix.Connect(fd, sockaddr(to)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return -1, err
 	}
+	return fd, nil
+}
+
+// socket makes a socket that can take a foreign address, and whose other end
+// answers into the namespace.
+func (in *inside) socket(six bool) (fd int, err error) {
+	domain, level, transparent := unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT
+	if six {
+		domain, level, transparent = unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+	}
+	fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return -1, err
+	}
+	for _, o := range []struct{ level, name, value int }{
+		{level, transparent, 1},
+		{unix.SOL_SOCKET, unix.SO_MARK, mark},
+		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
+		{unix.SOL_TCP, unix.TCP_NODELAY, 1},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+			unix.Close(fd)
+			return -1, err
+		}
+	}
+	congestion.Set(fd, in.congestion)
 	return fd, nil
 }
 

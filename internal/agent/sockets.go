@@ -14,11 +14,20 @@ import (
 // Sockets are asked for on a socket pair of their own, in packets of up to
 // maxDials requests, each answered by one packet with as many answers and, in
 // their order, the descriptors of those that have one. Answers come in the
-// order of the requests.
+// order of the requests. A packet of spareSize asks for spares of a family, and
+// is answered by one of that size that has them.
 const (
 	maxDials   = 32
 	dialSize   = 44 // id, ports, family, addresses
 	answerSize = 8  // id, errno
+	spareSize  = 4  // family
+
+	// spareBatch is how many spares are made at a time: when fewer are left, so
+	// that there are less than twice as many of a family at any time. They last
+	// for some milliseconds, which the agent may have to wait for a processor.
+	spareBatch = 64
+	// spareAfter is how many clients have to find none before some are made.
+	spareAfter = 4
 )
 
 // Inside says what sockets the agent can make in the namespace.
@@ -36,6 +45,17 @@ type Sockets struct {
 	out     []byte
 	in      [answerSize * maxDials]byte
 	control []byte
+
+	ahead  bool // spares are made
+	spares [2]spares
+}
+
+// spares are sockets of one family that wait for a client.
+type spares struct {
+	fds    []int
+	asked  bool // for more
+	used   bool // since Trim
+	missed int  // clients who found none since Trim
 }
 
 // Sockets readies the namespace for such sockets. It may be called once.
@@ -53,11 +73,78 @@ func (a *Agent) Sockets() (*Sockets, error) {
 
 // NewSockets takes over from another process what Sockets has returned there.
 func NewSockets(fd int, in Inside) *Sockets {
-	return &Sockets{Inside: in, fd: fd, control: make([]byte, unix.CmsgSpace(4*maxDials))}
+	return &Sockets{Inside: in, fd: fd, control: make([]byte, unix.CmsgSpace(4*max(maxDials, spareBatch)))}
 }
 
 // FD is readable when there are answers.
 func (s *Sockets) FD() int { return s.fd }
+
+// MakeSpares has sockets made ahead of the clients, who then need not wait for
+// the agent. Whoever binds and connects them has to be sure that it can wait: a
+// process of the container that has taken the agent over can make such a socket
+// block. So it is not for those who serve several containers.
+func (s *Sockets) MakeSpares() { s.ahead = true }
+
+// Spare returns a non-blocking socket of the namespace that has still to be bound
+// to a client's address and connected, and is the caller's, or -1. As of those
+// that Receive hands over, the caller may not rely on what it is.
+func (s *Sockets) Spare(six bool) int {
+	if !s.ahead {
+		return -1
+	}
+	p, fd := &s.spares[0], -1
+	if six {
+		p = &s.spares[1]
+	}
+	p.used = true
+	if n := len(p.fds); n > 0 {
+		fd = p.fds[n-1]
+		p.fds = p.fds[:n-1]
+	} else {
+		p.missed++
+	}
+	if len(p.fds) < spareBatch && p.missed >= spareAfter && !p.asked {
+		var b [spareSize]byte
+		binary.NativeEndian.PutUint32(b[:], familyNumber(six))
+		// An agent that lags behind, or has ended, is found out by Dial.
+		p.asked = rawSend(s.fd, b[:]) == 0
+	}
+	return fd
+}
+
+// Trim closes the spares that were not needed since it was last called.
+func (s *Sockets) Trim() {
+	for i := range s.spares {
+		p := &s.spares[i]
+		if !p.used {
+			closeFDs(p.fds)
+			p.fds, p.missed = nil, 0
+		}
+		p.used = false
+	}
+}
+
+// takeSpares takes the answer to a request for spares.
+func (s *Sockets) takeSpares(family uint32, fds []int) {
+	p := &s.spares[0]
+	if family == familyNumber(true) {
+		p = &s.spares[1]
+	}
+	if !p.asked {
+		closeFDs(fds)
+		return
+	}
+	if p.asked = false; len(fds) == 0 {
+		p.missed = 0 // there are none to be had for now
+	}
+	for _, fd := range fds {
+		if unix.SetNonblock(fd, true) != nil || len(p.fds) == 2*spareBatch {
+			unix.Close(fd)
+			continue
+		}
+		p.fds = append(p.fds, fd)
+	}
+}
 
 // Dial asks for a socket that connects from one address to another. It is asked
 // for when Flush is called, or at once if there are many.
@@ -73,8 +160,7 @@ func (s *Sockets) Dial(id uint32, from, to netip.AddrPort) error {
 func (s *Sockets) Flush() error {
 	for len(s.out) > 0 {
 		n := min(len(s.out), dialSize*maxDials)
-		_, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.fd), uintptr(unsafe.Pointer(&s.out[0])), uintptr(n), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
+		switch errno := rawSend(s.fd, s.out[:n]); errno {
 		case 0:
 			s.out = s.out[:copy(s.out, s.out[n:])]
 		case unix.EINTR:
@@ -106,6 +192,9 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 		case err != nil:
 		case n == 0:
 			err = errors.New("the agent process has ended")
+		case n == spareSize && flags&unix.MSG_TRUNC == 0:
+			s.takeSpares(binary.NativeEndian.Uint32(s.in[:]), fds)
+			return nil
 		case n%answerSize != 0 || flags&unix.MSG_TRUNC != 0:
 			err = errors.New("bad answer")
 		}
@@ -132,17 +221,31 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 }
 
 // Close gives the sockets up. Those that were handed over stay.
-func (s *Sockets) Close() { unix.Close(s.fd) }
+func (s *Sockets) Close() {
+	for i := range s.spares {
+		closeFDs(s.spares[i].fds)
+		s.spares[i] = spares{}
+	}
+	unix.Close(s.fd)
+}
+
+func rawSend(fd int, b []byte) unix.Errno {
+	_, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+	return errno
+}
+
+func familyNumber(six bool) uint32 {
+	if six {
+		return 6
+	}
+	return 4
+}
 
 func appendDial(b []byte, id uint32, from, to netip.AddrPort) []byte {
 	b = binary.NativeEndian.AppendUint32(b, id)
 	b = binary.NativeEndian.AppendUint16(b, from.Port())
 	b = binary.NativeEndian.AppendUint16(b, to.Port())
-	family := uint32(4)
-	if to.Addr().Is6() {
-		family = 6
-	}
-	b = binary.NativeEndian.AppendUint32(b, family)
+	b = binary.NativeEndian.AppendUint32(b, familyNumber(to.Addr().Is6()))
 	f, t := from.Addr().As16(), to.Addr().As16()
 	return append(append(b, f[:]...), t[:]...)
 }

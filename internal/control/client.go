@@ -218,6 +218,12 @@ func (c *Client) SetRecord(ctx context.Context, name string, addrs []netip.Addr)
 	return err
 }
 
+// AddRecord gives a name addresses beside those it has.
+func (c *Client) AddRecord(ctx context.Context, name string, addrs []netip.Addr) error {
+	_, err := c.Call(ctx, http.MethodPost, "/v1/dns/"+url.PathEscape(name), addressList{addrs})
+	return err
+}
+
 // RemoveRecord takes a name away.
 func (c *Client) RemoveRecord(ctx context.Context, name string) error {
 	_, err := c.Call(ctx, http.MethodDelete, "/v1/dns/"+url.PathEscape(name), nil)

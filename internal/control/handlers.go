@@ -227,6 +227,14 @@ func (s *Server) putRecord(r *request) (int, any, error) {
 	return http.StatusNoContent, nil, s.cfg.Network.SetRecord(r.param, body.Addresses...)
 }
 
+func (s *Server) postRecord(r *request) (int, any, error) {
+	var body addressList
+	if err := r.decode(&body); err != nil {
+		return 0, nil, err
+	}
+	return http.StatusNoContent, nil, s.cfg.Network.AddRecord(r.param, body.Addresses...)
+}
+
 func (s *Server) deleteRecord(r *request) (int, any, error) {
 	r.working()
 	return http.StatusNoContent, nil, s.cfg.Network.RemoveRecord(r.param)

@@ -240,6 +240,8 @@ func TestOpenAPI(t *testing.T) {
 		{"PUT", "/v1/log-level", "", `{"level":""}`, 400},
 		{"GET", "/v1/dns", "", "", 200},
 		{"PUT", "/v1/dns/{name}", "/v1/dns/b.test", `{"addresses":["::1"]}`, 204},
+		{"POST", "/v1/dns/{name}", "/v1/dns/b.test", `{"addresses":["::2"]}`, 204},
+		{"POST", "/v1/dns/{name}", "/v1/dns/b.test", `{"addresses":[]}`, 400},
 		{"PUT", "/v1/dns/{name}", "/v1/dns/b.test", `{"addresses":[]}`, 400},
 		{"DELETE", "/v1/dns/{name}", "/v1/dns/b.test", "", 204},
 		{"DELETE", "/v1/dns/{name}", "/v1/dns/b.test", "", 404},

@@ -80,6 +80,22 @@ func (s *state) SetRecord(name string, addrs ...netip.Addr) error {
 	return s.err
 }
 
+func (s *state) AddRecord(name string, addrs ...netip.Addr) error {
+	if len(addrs) == 0 {
+		return fmt.Errorf("no address: %w", usernet.ErrConfig)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.records {
+		if s.records[i].Name == name {
+			s.records[i].Addrs = append(s.records[i].Addrs, addrs...)
+			return s.err
+		}
+	}
+	s.records = append(s.records, usernet.Record{Name: name, Addrs: addrs})
+	return s.err
+}
+
 func (s *state) RemoveRecord(name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -39,6 +39,7 @@ type Network interface {
 	Leases() []usernet.Lease
 	Records() ([]usernet.Record, error)
 	SetRecord(name string, addrs ...netip.Addr) error
+	AddRecord(name string, addrs ...netip.Addr) error
 	RemoveRecord(name string) error
 	Forwards() []usernet.ForwardInfo
 	AddForward(context.Context, usernet.Forward) (usernet.ForwardInfo, error)
@@ -215,6 +216,7 @@ func (s *Server) table() []route {
 		{"PUT", "/v1/log-level", s.putLevel},
 		{"GET", "/v1/dns", s.getRecords},
 		{"PUT", "/v1/dns/{name}", s.putRecord},
+		{"POST", "/v1/dns/{name}", s.postRecord},
 		{"DELETE", "/v1/dns/{name}", s.deleteRecord},
 		{"GET", "/v1/capture", s.getCapture},
 		{"GET", "/metrics", s.getMetrics},

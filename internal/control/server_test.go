@@ -124,6 +124,8 @@ func TestChanges(t *testing.T) {
 		{"GET", "/v1/flows", "", 200, `{"flows":[]}`},
 		{"PUT", "/v1/dns/b.test", `{"addresses":["1.2.3.4","::1"]}`, 204, ""},
 		{"GET", "/v1/dns", "", 200, `{"name":"b.test","addresses":["1.2.3.4","::1"]}`},
+		{"POST", "/v1/dns/b.test", `{"addresses":["1.2.3.5"]}`, 204, ""},
+		{"GET", "/v1/dns", "", 200, `{"name":"b.test","addresses":["1.2.3.4","::1","1.2.3.5"]}`},
 		{"DELETE", "/v1/dns/a.test", "", 204, ""},
 		{"PUT", "/v1/log-level", `{"level":"warn"}`, 204, ""},
 		{"GET", "/v1/log-level", "", 200, `{"level":"warn"}`},

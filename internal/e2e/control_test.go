@@ -132,6 +132,10 @@ func TestControl(t *testing.T) {
 		if got := dig("second.test"); got != "192.0.2.2" {
 			t.Errorf("second.test is %q", got)
 		}
+		mustCtl(t, w, "dns", "add", "second.test", "192.0.2.3", "2001:db8::3")
+		if text := mustCtl(t, w, "dns", "list"); !strings.Contains(text, "192.0.2.2 192.0.2.3 2001:db8::3") {
+			t.Errorf("after an addition:\n%s", text)
+		}
 		mustCtl(t, w, "dns", "remove", "first.test")
 		if text := mustCtl(t, w, "dns", "list"); strings.Contains(text, "first.test") || !strings.Contains(text, "second.test") {
 			t.Errorf("names:\n%s", text)

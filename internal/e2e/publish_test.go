@@ -99,6 +99,26 @@ func TestPublishClientAddress(t *testing.T) {
 	})
 }
 
+// readMany has clients outside read what the server at port 8080 says of them.
+func (w *world) readMany(t *testing.T, six bool, count int) {
+	t.Helper()
+	client := at(pick(six, internet4, internet6), 0)
+	got := rig.ReadMany.On(t, w.Internet, rig.Many{
+		Addr: host(six, 8080), Count: count, Workers: 8, Prefix: strings.TrimSuffix(client, "0"),
+	})
+	if got.Good != count {
+		t.Errorf("%d of %d clients were seen as what they are: %v", got.Good, count, got.Errors)
+	}
+}
+
+// TestPublishManyClients: most clients get a socket that was made before they came.
+func TestPublishManyClients(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		w.publish(t, way, fmt.Sprintf("8080:%d", rig.Services.Whoami))
+		families(t, func(t *testing.T, six bool) { w.readMany(t, six, 300) })
+	})
+}
+
 // TestPublishPortTakenInside: a client whose port the guest uses itself gets in
 // from another one.
 func TestPublishPortTakenInside(t *testing.T) {
@@ -106,6 +126,7 @@ func TestPublishPortTakenInside(t *testing.T) {
 		w.publish(t, way, fmt.Sprintf("8080:%d", rig.Services.Whoami))
 		taken := w.Guest.ServeOn(t, true).Talk
 		families(t, func(t *testing.T, six bool) {
+			w.readMany(t, six, 8) // from now on there are sockets ahead
 			client := pick(six, internet4, internet6)
 			r := rig.ReadAll.On(t, w.Internet, rig.DialRequest{
 				Network: "tcp", Addr: host(six, 8080), Source: at(client, taken),

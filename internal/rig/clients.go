@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -180,6 +181,7 @@ type Many struct {
 	Addr    string
 	Count   int
 	Workers int
+	Prefix  string // of what the server has to send
 }
 
 // ManyResult counts how the connections of a Many went.
@@ -204,6 +206,8 @@ var ReadMany = NewFunc("rig.readMany", func(ctx context.Context, m Many) (ManyRe
 				switch {
 				case one.Errno != 0 || one.Timeout || one.Text == "":
 					r.Errors[one.String()]++
+				case !strings.HasPrefix(one.Text, m.Prefix):
+					r.Errors["got "+one.Text]++
 				default:
 					r.Good++
 				}
