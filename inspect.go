@@ -513,6 +513,8 @@ type FlowStats struct {
 	LearnedNow int    `json:"learned_now"` // addresses that are allowed by their names
 	BytesUp    uint64 `json:"tcp_bytes_up"`
 	BytesDown  uint64 `json:"tcp_bytes_down"`
+	UDPUp      uint64 `json:"udp_bytes_up"`
+	UDPDown    uint64 `json:"udp_bytes_down"`
 }
 
 // LinkStats count frames, seen from the gateway: received are the guest's.
@@ -541,6 +543,7 @@ type DropStats struct {
 	DHCPIgnored  uint64 `json:"dhcp_ignored"`  // malformed, or for another server
 	DNSOverload  uint64 `json:"dns_overload"`  // queries that found too many waiting
 	DHCPNoneFree uint64 `json:"dhcp_no_lease"` // clients that found no address
+	Capture      uint64 `json:"capture"`       // frames that a capture's reader was too slow for: the guest has lost nothing
 }
 
 // DenialStats count what the egress policy has kept the guest from, by reason.
@@ -623,6 +626,7 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 			TCPNow: f.TCPActive.Load(), UDPNow: f.UDPActive.Load(), ICMPNow: f.EchoActive.Load(), DialingNow: f.Dialing.Load(),
 			TCP: f.TCPTotal.Load(), UDP: f.UDPTotal.Load(), ICMP: f.EchoTotal.Load(),
 			Refused: f.Refused.Load(), Denied: f.DeniedTotal(), LearnedNow: g.policy.Learned(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
+			UDPUp: f.UDPBytesUp.Load(), UDPDown: f.UDPBytesDown.Load(),
 		},
 		Link: LinkStats{link.RxFrames.Load(), link.RxBytes.Load(), link.TxFrames.Load(), link.TxBytes.Load()},
 		Dropped: DropStats{
@@ -630,6 +634,7 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 			Malformed: st.Malformed.Load(), Spoofed: st.Spoofed.Load(), Foreign: st.Foreign.Load(),
 			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(),
 			UDPHost: f.UDPDropped.Load(), DialsFull: f.DialsDropped.Load(), UDPEvicted: f.UDPEvicted.Load(), ICMPEvicted: f.EchoEvicted.Load(),
+			Capture: g.link.Recorder().Dropped(),
 		},
 		Denied: DenialStats{
 			Host: f.Denied[forwarder.DeniedHost].Load(), Metadata: f.Denied[forwarder.DeniedGuarded].Load(),

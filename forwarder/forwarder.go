@@ -115,6 +115,8 @@ type Stats struct {
 	UDPDropped atomic.Uint64
 	// BytesUp and BytesDown count TCP payload from and to the guest.
 	BytesUp, BytesDown atomic.Uint64
+	// UDPBytesUp and UDPBytesDown count what datagrams carried that a flow took.
+	UDPBytesUp, UDPBytesDown atomic.Uint64
 }
 
 // Forwarder is the engine that owns all flows.

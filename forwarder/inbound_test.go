@@ -466,6 +466,7 @@ func TestInboundUDP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var up, down uint64
 	// The answer comes from the address that was asked.
 	for i, host := range []string{"127.0.0.1", "127.0.0.2", "127.0.0.1"} {
 		c, err := net.Dial("udp", net.JoinHostPort(host, strconv.Itoa(int(at.Port()))))
@@ -482,10 +483,14 @@ func TestInboundUDP(t *testing.T) {
 			if err != nil || string(b[:k]) != want {
 				t.Errorf("answer %q, %v, want %q", b[:k], err, want)
 			}
+			up, down = up+uint64(k), down+3
 		}
 	}
 	if a := n.fwd.Stats().UDPActive.Load(); a != 3 {
 		t.Errorf("%d flows, want 3", a)
+	}
+	if s := n.fwd.Stats(); s.UDPBytesUp.Load() != up || s.UDPBytesDown.Load() != down {
+		t.Errorf("%d bytes up and %d down, want %d and %d", s.UDPBytesUp.Load(), s.UDPBytesDown.Load(), up, down)
 	}
 	if err := n.fwd.Unpublish(context.Background(), id); err != nil {
 		t.Fatal(err)

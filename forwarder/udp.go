@@ -80,6 +80,7 @@ func (f *Forwarder) HandleUDP(src, dst netip.AddrPort, ttl uint8, gso int, head,
 	t.last = fl
 	fl.touch(fl.dns && dst.Port() == 53)
 	fl.up += uint64(len(head) + len(tail))
+	f.stats.UDPBytesUp.Add(uint64(len(head) + len(tail)))
 	// We are one hop. Most guests do not care, then neither does the socket.
 	if ttl >= 63 {
 		ttl = 0
@@ -500,6 +501,7 @@ func (fl *udpFlow) receive() {
 			fl.from, fl.seen = from, seen
 		}
 		fl.down += uint64(m.n)
+		t.f.stats.UDPBytesDown.Add(uint64(m.n))
 		in.run.add(fl, in.bufs[i][:m.n], groSize(in.ctl[i][:m.hdr.Controllen]))
 	}
 	in.run.flush(fl)

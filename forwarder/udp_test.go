@@ -36,6 +36,7 @@ func TestUDPCarriesEverySize(t *testing.T) {
 		}
 		t.Run(v.name, func(t *testing.T) {
 			n := newNetwork(t, v.opt)
+			var sum uint64
 			for _, c := range []net.Conn{n.dialUDP(at(gateway4, port4)), n.dialUDP(at(gateway6, port6))} {
 				for _, size := range []int{0, 1, 99, 100, 101, 1472, 1473, 4096, 5000, 20000, 65000, 65507} {
 					b := bytes.Repeat([]byte{byte(size)}, size)
@@ -51,7 +52,11 @@ func TestUDPCarriesEverySize(t *testing.T) {
 					if err != nil || !bytes.Equal(got[:k], b) {
 						t.Errorf("%v: %d bytes came back as %d, %v", c.RemoteAddr(), size, k, err)
 					}
+					sum += uint64(size)
 				}
+			}
+			if s := n.fwd.Stats(); s.UDPBytesUp.Load() != sum || s.UDPBytesDown.Load() != sum {
+				t.Errorf("%d bytes up and %d down are counted, want %d", s.UDPBytesUp.Load(), s.UDPBytesDown.Load(), sum)
 			}
 		})
 	}

@@ -117,6 +117,7 @@ func (s *udpSocket) ready(events uint32) {
 		fl.keepLocal(ctl)
 		fl.touch()
 		fl.down += uint64(m.n)
+		f.stats.UDPBytesDown.Add(uint64(m.n))
 		in.run.add(&fl.shadow, in.bufs[i][:m.n], groSize(ctl))
 	}
 	if fl != nil {
@@ -250,6 +251,7 @@ func (t *udpInTable) answer(src, dst netip.AddrPort, gso int, head, tail []byte)
 	fl.touch()
 	n := len(head) + len(tail)
 	fl.up += uint64(n)
+	t.f.stats.UDPBytesUp.Add(uint64(n))
 	if gso > 0 && n > gso {
 		if errno := fl.send(gso, head, tail); errno != unix.EINVAL && errno != unix.EIO && errno != unix.EMSGSIZE {
 			return true

@@ -13,7 +13,8 @@ import (
 // A Recorder sees the frames of a link. Without a stream it costs a look at one
 // number for each.
 type Recorder struct {
-	active atomic.Int32
+	active  atomic.Int32
+	dropped atomic.Uint64
 
 	mu      sync.Mutex // guards following
 	streams []*stream
@@ -71,6 +72,9 @@ type stream struct {
 // Active reports whether somebody wants to see frames.
 func (r *Recorder) Active() bool { return r.active.Load() != 0 }
 
+// Dropped returns how many frames all streams together had no room for.
+func (r *Recorder) Dropped() uint64 { return r.dropped.Load() }
+
 // Record shows a frame, which is in parts, to those who want to see it. It never
 // waits for them.
 func (r *Recorder) Record(received bool, parts ...[]byte) {
@@ -86,12 +90,15 @@ func (r *Recorder) Record(received bool, parts ...[]byte) {
 	for _, s := range r.streams {
 		s.stats.Seen++
 		if s.Filter == nil || s.Filter.matches(&r.packet) {
-			s.add(now, received, length, parts)
+			if !s.add(now, received, length, parts) {
+				r.dropped.Add(1)
+			}
 		}
 	}
 }
 
-func (s *stream) add(now time.Time, received bool, length int, parts [][]byte) {
+// add reports whether there was room.
+func (s *stream) add(now time.Time, received bool, length int, parts [][]byte) bool {
 	s.stats.Matched++
 	size := length
 	if s.Snaplen > 0 {
@@ -100,7 +107,7 @@ func (s *stream) add(now time.Time, received bool, length int, parts [][]byte) {
 	if len(s.buf)+packetRoom+size > cap(s.buf) {
 		s.stats.Dropped++
 		s.lost++
-		return
+		return false
 	}
 	flags := uint32(flagOutbound)
 	if received {
@@ -115,6 +122,7 @@ func (s *stream) add(now time.Time, received bool, length int, parts [][]byte) {
 	if half := cap(s.buf) / 2; before < half && len(s.buf) >= half {
 		signal(s.hurry)
 	}
+	return true
 }
 
 func signal(c chan struct{}) {

@@ -246,6 +246,9 @@ func TestStreamDrops(t *testing.T) {
 	if err != nil || s.Dropped == 0 || s.Packets == 0 || s.Packets+s.Dropped != n {
 		t.Errorf("%+v, %v", s, err)
 	}
+	if r.Dropped() != s.Dropped {
+		t.Errorf("the recorder counts %d frames dropped, the stream %d", r.Dropped(), s.Dropped)
+	}
 }
 
 // TestStreamMany: there is an end to how many read at a time.

@@ -21,7 +21,7 @@ type metrics struct {
 
 // sections say what the parts of [usernet.Stats] count.
 var sections = map[string]string{
-	"flows":    "Flows of the guest, and their TCP payload from (up) and to (down) it",
+	"flows":    "Flows of the guest, and their payload from (up) and to (down) it",
 	"link":     "Frames on the guest's link, seen from the gateway",
 	"dropped":  "What was lost, by reason",
 	"denied":   "What the egress policy has closed, by reason",
