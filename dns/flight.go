@@ -16,10 +16,16 @@ const (
 	betterTime   = time.Second             // to wait for better than a SERVFAIL in hand
 	lingerTime   = time.Second             // to see whether a slower upstream lives
 	maxLingering = 256                     // flights that may do so
+	maxAttempts  = 4 * maxUpstreams        // of one flight, all repetitions included
 )
 
 // repeats says when an unanswered query is sent again, for lost datagrams.
 var repeats = [...]time.Duration{1100 * time.Millisecond, 2600 * time.Millisecond}
+
+// retries says when, after the first failure, upstreams that have refused or
+// cannot be reached are asked again, as long as another is silent: what answers
+// on that address may just be starting.
+var retries = [...]time.Duration{250 * time.Millisecond, 750 * time.Millisecond, 1750 * time.Millisecond, 3750 * time.Millisecond}
 
 // flight is a question on its way to the upstreams, for one or more clients
 // that asked the same at the same time, byte for byte. (To merge them is a
@@ -57,6 +63,9 @@ type flight struct {
 	next     time.Duration // when to ask the next upstream
 	spacing  time.Duration
 	repeat   int
+	failed   time.Duration // when the first upstream did, if failing
+	failing  bool
+	retry    int
 	deadline time.Duration
 	linger   bool
 	answer   []byte // to be delivered on unlock
@@ -223,6 +232,9 @@ func (f *flight) settleLocked(now time.Duration) {
 	} else if f.repeat < len(repeats) {
 		at = min(at, f.started+repeats[f.repeat])
 	}
+	if f.failing && f.retry < len(retries) {
+		at = min(at, f.failed+retries[f.retry])
+	}
 	if f.timer == nil {
 		f.timer = time.AfterFunc(at-now, f.tick)
 	} else {
@@ -252,13 +264,36 @@ func (f *flight) tick() {
 		f.repeat++
 		if f.kept == nil {
 			for _, a := range f.attempts[:len(f.attempts):len(f.attempts)] {
-				if a.open && a.transport == overUDP && len(f.attempts) < 2*maxUpstreams {
+				if a.open && a.transport == overUDP && len(f.attempts) < maxAttempts {
 					f.askLocked(a.up, now)
 				}
 			}
 		}
 	}
+	if f.failing && f.retry < len(retries) && now >= f.failed+retries[f.retry] {
+		f.retry++
+		f.retryLocked(now)
+	}
 	f.settleLocked(now)
+}
+
+// retryLocked asks those again that have failed.
+func (f *flight) retryLocked(now time.Duration) {
+	waiting := func(up *upstream) bool {
+		return slices.ContainsFunc(f.attempts, func(a *attempt) bool { return a.open && a.up == up })
+	}
+	for _, up := range f.order[:f.asked] {
+		if !waiting(up) && len(f.attempts) < maxAttempts {
+			f.askLocked(up, now)
+		}
+	}
+}
+
+// noteFailureLocked starts the timetable of retries.
+func (f *flight) noteFailureLocked(now time.Duration) {
+	if !f.failing {
+		f.failing, f.failed = true, now
+	}
 }
 
 // replyLocked takes the answer msg to a, which stays the caller's.
@@ -284,6 +319,7 @@ func (f *flight) replyLocked(a *attempt, msg []byte, now time.Duration) {
 			f.kept = append([]byte(nil), msg...)
 			f.deadline = min(f.deadline, now+betterTime)
 		}
+		f.noteFailureLocked(now)
 		f.askNextLocked(now)
 		f.settleLocked(now)
 	default:
@@ -296,8 +332,12 @@ func (f *flight) failLocked(a *attempt, err error, now time.Duration) {
 	if a.open {
 		f.endLocked(a, false)
 	}
+	f.noteFailureLocked(now)
 	f.s.stats.upstreamErrors.Add(1)
-	f.s.down(a.up, f.transport, now, err)
+	// What is down is to be tried again no later for having been asked again.
+	if f.retry == 0 || a.up.health[f.transport].downUntil.Load() == 0 {
+		f.s.down(a.up, f.transport, now, err)
+	}
 }
 
 // finishLocked answers with msg, or what was kept, or SERVFAIL.

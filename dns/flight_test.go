@@ -209,6 +209,62 @@ func TestFailover(t *testing.T) {
 	}
 }
 
+// TestRefusedIsAskedAgain holds that who refuses is asked again, less and less
+// often, as long as another upstream is silent: it may just be starting.
+func TestRefusedIsAskedAgain(t *testing.T) {
+	silent := handler(func([]byte, bool, func([]byte)) {})
+	refused := answerWith(dns.RcodeRefused)
+	for name, c := range map[string]struct {
+		before handler // nil: refuses the connection
+		opens  time.Duration
+		most   time.Duration
+		rcode  int
+		asked  int
+	}{
+		"closed, soon fine":  {nil, hedgeDelay + 400*time.Millisecond, 1500 * time.Millisecond, dns.RcodeSuccess, 3},
+		"closed, later fine": {nil, 3 * time.Second, 4500 * time.Millisecond, dns.RcodeSuccess, 5},
+		"closed for good":    {nil, time.Hour, flightTime, dns.RcodeServerFailure, 5},
+		"REFUSED, soon fine": {refused, hedgeDelay + 400*time.Millisecond, hedgeDelay + betterTime, dns.RcodeSuccess, 3},
+		"REFUSED for good":   {refused, time.Hour, hedgeDelay + betterTime, dns.RcodeRefused, 3},
+	} {
+		for _, network := range []string{"udp", "tcp"} {
+			t.Run(name+"/"+network, func(t *testing.T) {
+				inBubble(t, 2, Config{}, func(t *testing.T, b *bubble) {
+					b.hosts[host(1)] = silent
+					if c.before != nil {
+						b.hosts[host(2)] = c.before
+					}
+					opens := time.AfterFunc(c.opens, func() {
+						b.mu.Lock()
+						defer b.mu.Unlock()
+						b.hosts[host(2)] = fine
+					})
+					defer opens.Stop()
+					begin := time.Now()
+					var m *dns.Msg
+					if network == "udp" {
+						m, _ = b.get(ask("a", dns.TypeA))
+					} else {
+						m = unpack(t, b.getTCP(ask("a", dns.TypeA)))
+					}
+					if took := time.Since(begin); m.Rcode != c.rcode || took > c.most {
+						t.Errorf("rcode %d after %v, want %d within %v; asked %v", m.Rcode, took, c.rcode, c.most, b.asked)
+					}
+					asked := 0
+					for _, a := range b.asked {
+						if a[0] == '2' {
+							asked++
+						}
+					}
+					if asked != c.asked {
+						t.Errorf("asked %v: the second %d times, want %d", b.asked, asked, c.asked)
+					}
+				})
+			})
+		}
+	}
+}
+
 // getTCP sends query on a stream of its own.
 func (b *bubble) getTCP(query []byte) []byte {
 	near, far := net.Pipe()
