@@ -191,6 +191,14 @@ func (at *attachment) gone() bool {
 	return at.ns.Watch(ctx) == nil
 }
 
+// deleted says of err, which is tap.ErrGone, what to do about it.
+func (at *attachment) deleted(err error) error {
+	if at.cfg.TapFile != nil {
+		return fmt.Errorf("usernet: %w: open another and start usernet on it", err)
+	}
+	return fmt.Errorf("usernet: interface %s: %w by somebody in the namespace: start usernet again, which makes another", at.link.Name, err)
+}
+
 func (at *attachment) close() {
 	if at.owned {
 		closeFD(at.link.FD)

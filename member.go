@@ -106,6 +106,8 @@ func (n *Network) runMember(ctx context.Context, at *attachment) error {
 	case errors.Is(err, errNamespaceGone), errors.Is(err, tap.ErrGone) && at.gone():
 		n.log.Info("the namespace is gone")
 		return nil
+	case errors.Is(err, tap.ErrGone):
+		return at.deleted(err)
 	case err != nil && !errors.Is(err, ErrRemoved) && !errors.Is(err, ErrConfig):
 		return fmt.Errorf("usernet: %w", err)
 	}

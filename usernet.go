@@ -146,6 +146,8 @@ func (n *Network) run(ctx context.Context) error {
 	case errors.Is(err, tap.ErrGone) && at.gone():
 		n.log.Info("the namespace is gone") // and took its end of the link along
 		return nil
+	case errors.Is(err, tap.ErrGone):
+		return at.deleted(err)
 	case err != nil:
 		return fmt.Errorf("usernet: %w", err)
 	}

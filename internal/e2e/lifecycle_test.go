@@ -197,7 +197,10 @@ func TestInterfaceDeleted(t *testing.T) {
 		a := w.attach(t)
 		w.Guest.Must(t, "ip", "link", "del", "tap0")
 		if code, ok := a.Wait(5 * time.Second); !ok || code == 0 {
-			t.Errorf("ended: %v, status %d; want a failure within 5 s", ok, code)
+			t.Errorf("ended: %v, status %d; want a failure", ok, code)
+		}
+		if got := a.Stderr(); !strings.Contains(got, "tap0") || !strings.Contains(got, "start usernet again") {
+			t.Errorf("no word of the interface and of what to do: %s", got)
 		}
 		w.WantNothingLeft(t, 2*time.Second, "usernet")
 	})
