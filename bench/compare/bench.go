@@ -100,7 +100,7 @@ func (b *bench) runJob(ctx context.Context, j job, round int, order []string) {
 		if ctx.Err() != nil {
 			break
 		}
-		if j.peers != nil && !slices.Contains(j.peers, name) {
+		if !j.suits(name) {
 			continue
 		}
 		s, err := b.runOne(ctx, j, name)
@@ -199,7 +199,7 @@ func (b *bench) estimate() time.Duration {
 // subjects is how many a job is run on.
 func (b *bench) subjects(j job) (n int) {
 	for _, name := range b.opts.Subjects {
-		if j.peers == nil || slices.Contains(j.peers, name) {
+		if j.suits(name) {
 			n++
 		}
 	}

@@ -207,9 +207,9 @@ func TestFiguresAndJobs(t *testing.T) {
 		limit time.Duration
 	}{
 		{options{Rounds: 5, Seconds: 2}, 22 * time.Minute},
-		{options{Rounds: 1, Seconds: 1, Quick: true}, 215 * time.Second},
+		{options{Rounds: 1, Seconds: 1, Quick: true}, 220 * time.Second},
 	} {
-		tt.opts.Subjects = []string{nameUsernet, nameSlirp, namePasta}
+		tt.opts.Subjects = []string{nameUsernet, nameSlirp, namePasta, nameRootlessKit}
 		b := &bench{opts: tt.opts, jobs: jobs(tt.opts)}
 		if got := b.estimate(); got > tt.limit {
 			t.Errorf("estimate(%+v) = %s, more than %s", tt.opts, got, tt.limit)

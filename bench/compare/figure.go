@@ -208,7 +208,7 @@ func judge(figs []figure, samples map[string]map[string][]float64) []row {
 // betterPeer picks the peer whose median is best.
 func betterPeer(medians map[string]float64, lower bool) (string, float64) {
 	best, value := "", 0.0
-	for _, name := range []string{nameSlirp, namePasta} {
+	for _, name := range []string{nameSlirp, namePasta, nameRootlessKit} {
 		m, ok := medians[name]
 		if !ok {
 			continue

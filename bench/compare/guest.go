@@ -25,7 +25,11 @@ type guest struct {
 
 // startGuest makes the namespaces and returns once loopback is up in them.
 func (b *bench) startGuest(ctx context.Context) (*guest, error) {
-	cmd := b.command(ctx, "unshare", "--user", "--map-root-user", "--net", "--", filepath.Join(b.work, selfFile), roleGuest, b.opts.Congestion)
+	return runGuest(b.command(ctx, "unshare", "--user", "--map-root-user", "--net", "--", filepath.Join(b.work, selfFile), roleGuest, b.opts.Congestion))
+}
+
+// runGuest starts the command of a guest.
+func runGuest(cmd *exec.Cmd) (*guest, error) {
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, fmt.Errorf("start guest: %w", err)

@@ -94,7 +94,7 @@ func hostMain(args []string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := prepareMounts(work); err != nil {
+	if err := prepareMounts(work, opts.UID); err != nil {
 		return err
 	}
 	if err := prepareNetwork(); err != nil {
@@ -122,7 +122,7 @@ func hostMain(args []string) error {
 
 // prepareMounts gives the new PID namespace its /proc, and the subjects that
 // read it a resolv.conf that names the local dnsmasq.
-func prepareMounts(work string) error {
+func prepareMounts(work string, uid int) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
@@ -139,6 +139,19 @@ func prepareMounts(work string) error {
 	}
 	if err := unix.Mount(resolv, target, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount resolv.conf: %w", err)
+	}
+	if os.Geteuid() != 0 {
+		return nil // has the ids that the machine gives him
+	}
+	// RootlessKit wants further ids for its guests.
+	ids := filepath.Join(work, "subids")
+	if err := os.WriteFile(ids, fmt.Appendf(nil, "%d:100000:65536\n", uid), 0o644); err != nil {
+		return fmt.Errorf("write subordinate ids: %w", err)
+	}
+	for _, path := range []string{"/etc/subuid", "/etc/subgid"} {
+		if err := unix.Mount(ids, path, "", unix.MS_BIND, ""); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("mount %s: %w", path, err)
+		}
 	}
 	return nil
 }

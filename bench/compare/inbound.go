@@ -14,11 +14,12 @@ import (
 )
 
 // Published ports: the server is in the guest, the client on the host's
-// loopback. slirp4netns is not asked: its forwards go through its TCP stack, at
+// loopback. RootlessKit takes part with the port driver that it has built in,
+// which needs no network. slirp4netns is not asked: its forwards go through its TCP stack, at
 // a fraction of what the others do.
 
 // inboundPeers are those that have a fast way in.
-var inboundPeers = []string{nameUsernet, namePasta, nameLoopback}
+var inboundPeers = []string{nameUsernet, namePasta, nameRootlessKit, nameLoopback}
 
 // startInbound starts a subject with a published port.
 func (b *bench) startInbound(ctx context.Context, name string, port int) (*instance, error) {
@@ -206,6 +207,8 @@ func publishArgs(name string, ports []int) (args []string, err error) {
 			args = append(args, "--publish", fmt.Sprintf("%s:%d:%[2]d", loopback, p))
 		case namePasta:
 			args = append(args, "--tcp-ports", fmt.Sprintf("%s/%d", loopback, p))
+		case nameRootlessKit:
+			args = append(args, "--publish", fmt.Sprintf("%s:%d:%[2]d/tcp", loopback, p))
 		default:
 			return nil, errors.New("it publishes no ports here")
 		}

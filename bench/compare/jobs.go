@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -19,13 +20,21 @@ type job struct {
 	name     string
 	how      string
 	mtu      int      // of the guest's device
-	peers    []string // who else, and usernet, can do it; nil: all
+	peers    []string // who else, and usernet, can do it; nil: all that give a guest a network
 	loopback bool     // is worth running without any subject, too
 	rounds   int      // at most so many; 0: all
 	seconds  float64  // for the estimate
 	length   int      // of the load in seconds, where it has a rate of units
 	run      func(ctx context.Context, b *bench, in *instance) (samples, error)
 	alone    func(ctx context.Context, b *bench, name string) (samples, error) // instead, for a job that starts the subject itself
+}
+
+// suits tells whether a subject can do the job.
+func (j job) suits(name string) bool {
+	if j.peers == nil {
+		return name != nameRootlessKit // whose guests have no network by itself
+	}
+	return slices.Contains(j.peers, name)
 }
 
 // samples are values by figure.

@@ -29,6 +29,7 @@ type options struct {
 	UsernetArgs []string
 	Slirp       string
 	Pasta       string
+	RootlessKit string
 	Out         string
 	Congestion  string // of TCP in all namespaces; "": the machine's
 	UID         int
@@ -39,8 +40,8 @@ type options struct {
 const usage = `usage: compare [flags]
 
 Measures bulk transfer, requests, connections, datagrams, published ports, DNS, ping, start time,
-memory and idle CPU of usernet, slirp4netns and pasta, interleaved, with guests in
-rootless namespaces and every server on the loopback of a network namespace of its
+memory and idle CPU of usernet, slirp4netns and pasta, interleaved, and published ports
+of RootlessKit's builtin driver, with guests in rootless namespaces and every server on the loopback of a network namespace of its
 own: no packet leaves the machine. Writes compare.md, compare.json and two charts.
 
 `
@@ -90,11 +91,12 @@ func parseOptions(args []string) (opts options, chart, list bool, err error) {
 	flags.IntVar(&opts.Seconds, "seconds", 0, "length of one transfer (default 2, quick 1)")
 	flags.StringVar(&only, "only", "", "comma-separated job names or their beginnings (see -list)")
 	flags.BoolVar(&list, "list", false, "list the jobs and exit")
-	flags.StringVar(&subjects, "subjects", "usernet,slirp4netns,pasta", "comma-separated subjects; those not installed are left out")
+	flags.StringVar(&subjects, "subjects", "usernet,slirp4netns,pasta,rootlesskit", "comma-separated subjects; those not installed are left out")
 	flags.StringVar(&opts.Usernet, "usernet", "", "the usernet binary (default: built from ./cmd/usernet)")
 	flags.StringVar(&usernetArgs, "usernet-args", "", "further space-separated flags for usernet")
 	flags.StringVar(&opts.Slirp, "slirp4netns", "slirp4netns", "the slirp4netns binary")
 	flags.StringVar(&opts.Pasta, "pasta", "pasta", "the pasta binary")
+	flags.StringVar(&opts.RootlessKit, "rootlesskit", "", "the rootlesskit binary (default: version 3, built from the e2e tests' module)")
 	flags.StringVar(&opts.Out, "out", filepath.Join("bench", "results"), "directory for the results")
 	flags.StringVar(&opts.Congestion, "congestion", "", "TCP's congestion control in all namespaces, such as reno (default: the machine's)")
 	flags.IntVar(&opts.UID, "uid", 1000, "uid and gid that everything is dropped to when this is run as root")
@@ -192,6 +194,13 @@ func findSubjects(ctx context.Context, opts *options, root, work string) error {
 			opts.Slirp, err = absBinary(opts.Slirp)
 		case namePasta:
 			opts.Pasta, err = absBinary(opts.Pasta)
+		case nameRootlessKit:
+			if opts.RootlessKit == "" {
+				opts.RootlessKit = filepath.Join(work, "rootlesskit")
+				err = buildRootlessKit(ctx, root, opts.RootlessKit)
+			} else {
+				opts.RootlessKit, err = absBinary(opts.RootlessKit)
+			}
 		default:
 			fmt.Fprintf(os.Stderr, "compare: no subject is called %q\n", name)
 			return errUsage
@@ -224,6 +233,17 @@ func buildUsernet(ctx context.Context, root, target string) (string, error) {
 		return "unknown revision", nil
 	}
 	return strings.TrimSpace(string(out)), nil
+}
+
+// buildRootlessKit builds the release that the end-to-end tests run, too.
+func buildRootlessKit(ctx context.Context, root, target string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", target, "github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit")
+	cmd.Dir = filepath.Join(root, "internal", "e2e", "testdata", "rootlesskit")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build rootlesskit: %w: %s", err, firstLine(out))
+	}
+	return nil
 }
 
 func absBinary(name string) (string, error) {

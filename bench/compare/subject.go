@@ -20,6 +20,8 @@ const (
 	nameSlirp    = "slirp4netns"
 	namePasta    = "pasta"
 	nameLoopback = "loopback"
+	// nameRootlessKit publishes ports, and makes its guests itself.
+	nameRootlessKit = "rootlesskit"
 )
 
 const startTimeout = 10 * time.Second
@@ -46,6 +48,13 @@ func (b *bench) start(ctx context.Context, name string, mtu int, publish ...int)
 	ports, err := publishArgs(name, publish)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	if name == nameRootlessKit {
+		in, err := b.startRootlessKit(ctx, ports)
+		if err != nil {
+			return nil, fmt.Errorf("start %s: %w", name, err)
+		}
+		return in, nil
 	}
 	g, err := b.startGuest(ctx)
 	if err != nil {
@@ -135,6 +144,29 @@ func (b *bench) startPasta(ctx context.Context, in *instance, mtu int, ports []s
 	return err
 }
 
+// startRootlessKit starts a guest under RootlessKit, without a network.
+func (b *bench) startRootlessKit(ctx context.Context, ports []string) (*instance, error) {
+	state := filepath.Join(b.work, "rootlesskit-"+strconv.Itoa(b.port()))
+	args := append([]string{"--state-dir", state, "--net=none", "--port-driver=builtin"}, ports...)
+	cmd := b.command(ctx, b.opts.RootlessKit, append(args, filepath.Join(b.work, selfFile), roleGuest, b.opts.Congestion)...)
+	cmd.Env = append(os.Environ(), "HOME="+b.work, "XDG_RUNTIME_DIR="+b.work)
+	begin := time.Now()
+	g, err := runGuest(cmd)
+	if err != nil {
+		return nil, err
+	}
+	in := &instance{name: nameRootlessKit, guest: g, cmd: cmd, pid: cmd.Process.Pid, took: time.Since(begin)}
+	text, err := os.ReadFile(filepath.Join(state, "child_pid"))
+	if err == nil {
+		g.pid, err = strconv.Atoi(strings.TrimSpace(string(text)))
+	}
+	if err != nil {
+		in.stop()
+		return nil, err
+	}
+	return in, nil
+}
+
 // stop ends the subject and its guest.
 func (in *instance) stop() {
 	if in.guest == nil {
@@ -171,6 +203,8 @@ func (b *bench) versions(ctx context.Context) map[string]string {
 			all[name] = strings.TrimSpace(version(ctx, b.opts.Usernet, "version") + " " + b.opts.Built)
 		case nameSlirp:
 			all[name] = version(ctx, b.opts.Slirp, "--version")
+		case nameRootlessKit:
+			all[name] = version(ctx, b.opts.RootlessKit, "--version")
 		case namePasta:
 			all[name] = version(ctx, b.opts.Pasta, "--version")
 			// Debian's build does not know its own version.
