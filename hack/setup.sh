@@ -37,6 +37,7 @@ test=(
 	rootlesskit
 	slirp4netns
 	socat
+	tcpdump
 	uidmap
 	wrk
 )
