@@ -31,6 +31,7 @@ type gateway struct {
 	dhcp4  *dhcp.Server4
 	dhcp6  *dhcp.Server6 // nil without IPv6
 	tasks  []func(context.Context) error
+	shared *sharedPorts // nil with one guest
 }
 
 // Ports of the gateway's services.

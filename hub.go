@@ -23,11 +23,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/usernet/usernet/dhcp"
 	"github.com/usernet/usernet/forwarder"
 	"github.com/usernet/usernet/internal/agent"
 	"github.com/usernet/usernet/internal/hub"
-	"github.com/usernet/usernet/tap"
 )
 
 // hubSettings are what the members of a network have in common.
@@ -52,6 +50,7 @@ type hubSettings struct {
 	OutboundAddr  netip.Addr       `json:"outbound_addr"`
 	OutboundAddr6 netip.Addr       `json:"outbound_addr6"`
 	OutboundIf    string           `json:"outbound_if"`
+	NoSandbox     bool             `json:"no_sandbox,omitempty"`
 }
 
 func (c Config) hubSettings() hubSettings {
@@ -61,6 +60,7 @@ func (c Config) hubSettings() hubSettings {
 		HostLoopback: c.HostLoopback, HostPorts: c.HostPorts, Reverse: c.Reverse,
 		Allow: c.Allow, Deny: c.Deny, AllowNames: c.AllowNames, NoPrivateDNS: c.NoPrivateDNS,
 		OutboundAddr: c.OutboundAddr, OutboundAddr6: c.OutboundAddr6, OutboundIf: c.OutboundInterface,
+		NoSandbox: c.NoSandbox,
 	}
 }
 
@@ -71,6 +71,7 @@ func (s hubSettings) apply(c Config) Config {
 	c.HostLoopback, c.HostPorts, c.Reverse = s.HostLoopback, s.HostPorts, s.Reverse
 	c.Allow, c.Deny, c.AllowNames, c.NoPrivateDNS = s.Allow, s.Deny, s.AllowNames, s.NoPrivateDNS
 	c.OutboundAddr, c.OutboundAddr6, c.OutboundInterface = s.OutboundAddr, s.OutboundAddr6, s.OutboundIf
+	c.NoSandbox = s.NoSandbox
 	return c
 }
 
@@ -104,6 +105,7 @@ func (s hubSettings) refuse(n hubSettings) error {
 		{"--outbound-addr", n.OutboundAddr, s.OutboundAddr, true},
 		{"--outbound-addr6", n.OutboundAddr6, s.OutboundAddr6, true},
 		{"--outbound-if", n.OutboundIf, s.OutboundIf, true},
+		{"--no-sandbox", n.NoSandbox, s.NoSandbox, false},
 	} {
 		unset := reflect.ValueOf(x.theirs).IsZero() || x.flag == "--ipv6"
 		if reflect.DeepEqual(x.theirs, x.networks) || x.mayBeLess && unset || emptySlices(x.theirs, x.networks) {
@@ -143,6 +145,7 @@ const (
 	opRemRecord = "remove-record"
 	opStats     = "stats"
 	opInspect   = "inspect"
+	opSandbox   = "sandbox"
 	opEnd       = "end"
 )
 
@@ -151,6 +154,7 @@ const (
 	eventDefault6 = "default6" // whether there is an IPv6 default route
 	eventEnd      = "end"      // the network was removed
 	eventGone     = "gone"     // the member's interface was
+	eventWorker   = "worker"   // there is another one, which needs a way into the guest
 )
 
 type hubRequest struct {
@@ -265,8 +269,7 @@ type hubServer struct {
 	cfg      Config
 	addrs    Addresses
 	link     agent.Link // what the members' links have in common
-	sw       *tap.Switch
-	gw       *gateway
+	gw       *remote
 	host     *host
 	default6 bool
 	stop     context.CancelFunc
@@ -278,14 +281,13 @@ type hubServer struct {
 // A member is one guest of a hub.
 type member struct {
 	joinRequest
-	conn  *hub.Conn
-	pid   int
-	since time.Time
-	addr4 netip.Addr
-	addr6 netip.Addr
-	port  *tap.Port
-	ports map[uint64]hubForward // by the member's own numbers
-	used  []netip.Addr          // that sockets are made for inside
+	conn   *hub.Conn
+	pid    int
+	since  time.Time
+	addr4  netip.Addr
+	addr6  netip.Addr
+	number uint64                // as the worker knows it
+	ports  map[uint64]hubForward // by the member's own numbers
 }
 
 type hubForward struct {
@@ -483,22 +485,23 @@ func (h *hubServer) join(c *hub.Conn, pid int, q *joinRequest, fds []int) (m *me
 	if m.addr4, m.addr6, err = h.assign(q); err != nil {
 		return nil, nil, err
 	}
-	if m.port, err = h.sw.Add(tap.PortOptions{
-		FD: fds[0], MAC: [6]byte(q.MAC), Addrs: m.addresses(), AnySource: q.AnySource, Isolated: q.Isolate,
-		Gone: func() { go c.Send(hubReply{Event: eventGone}) },
-	}); err != nil {
-		return nil, nil, err
-	}
-	for _, a := range m.addresses() {
-		h.gw.stack.SetNeighbor(a, [6]byte(q.MAC))
-	}
-	h.reserve(m)
 	h.members = append(h.members, m)
 	h.setNames(m.names())
+	ctx, cancel := context.WithTimeout(context.Background(), hubCall)
+	defer cancel()
+	var search []string
+	m.number, search, err = h.gw.addMember(ctx, memberOrder{
+		MAC: q.MAC, Addrs: m.addresses(), AnySource: q.AnySource, Isolated: q.Isolate,
+	}, fds[0], func() { go c.Send(hubReply{Event: eventGone}) })
+	if err != nil {
+		h.members = slices.Delete(h.members, len(h.members)-1, len(h.members))
+		h.setNames(m.names())
+		return nil, nil, err
+	}
 	delete(h.kept, m.MemberID)
 	h.save()
 	h.log.Info("joined", "member", m.title(), "address", m.addr4, "pid", pid)
-	return m, &joinReply{h.settings, m.addr4, m.addr6, h.default6, h.gw.search(h.cfg)()}, nil
+	return m, &joinReply{h.settings, m.addr4, m.addr6, h.default6, search}, nil
 }
 
 // errHubEnds is for those who come too late; they come again.
@@ -529,24 +532,18 @@ func (h *hubServer) open(q *joinRequest) error {
 	link := q.Link
 	link.MAC, link.FD, link.MTU = nil, -1, c.MTU
 	h.addrs = c.Addresses()
-	sw, err := tap.NewSwitch(tap.SwitchOptions{
-		MTU: link.MTU, MAC: gatewayMAC(h.addrs.Gateway4), VnetHdr: link.VnetHdr, HoldAcks: true,
-	})
-	if err != nil {
-		h.host.close()
-		return err
-	}
 	s := seed{Records: c.records(), Default6: c.hasIPv6() && (c.IPv6 == IPv6On || h.host.default6())}
 	h.host.sow(&s)
-	gw, err := joinRooms(c, link, s, hooks{}, sw, sw.Endpoint)
+	ctx, cancel := context.WithCancel(context.Background())
+	gw, err := startShared(ctx, c, link, s, h.tellRestart)
 	if err != nil {
+		cancel()
 		h.host.close()
 		return err
 	}
-	h.cfg, h.settings, h.link, h.sw, h.gw, h.since = c, c.hubSettings(), link, sw, gw, time.Now()
+	h.cfg, h.settings, h.link, h.gw, h.since = c, c.hubSettings(), link, gw, time.Now()
 	h.default6 = s.Default6
 	h.host.follow(gw)
-	ctx, cancel := context.WithCancel(context.Background())
 	h.stop, h.stopped = cancel, make(chan struct{})
 	go func() {
 		defer close(h.stopped)
@@ -580,6 +577,15 @@ func (h *hubServer) taken() []netip.Prefix {
 		}
 	}
 	return ps
+}
+
+// tellRestart has the members give another worker what it cannot have from the last.
+func (h *hubServer) tellRestart() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.members {
+		go m.conn.Send(hubReply{Event: eventWorker})
+	}
 }
 
 // followHost tells the members whether there is an IPv6 default route.
@@ -732,17 +738,6 @@ func (h *hubServer) choose(want, from netip.Addr, subnet netip.Prefix, taken map
 // maxSpecial is more than there are addresses in a subnet that no member gets.
 const maxSpecial = 64
 
-// reserve has DHCP give a member what it was assigned.
-func (h *hubServer) reserve(m *member) {
-	err := h.gw.dhcp4.Reserve(dhcp.Reservation{LinkAddr: m.MAC, Addr: m.addr4})
-	if h.gw.dhcp6 != nil && m.addr6.IsValid() {
-		err = errors.Join(err, h.gw.dhcp6.Reserve(dhcp.Reservation{LinkAddr: m.MAC, Addr: m.addr6}))
-	}
-	if err != nil {
-		h.log.Warn("a DHCP client of this member will find no address", "member", m.title(), "err", err)
-	}
-}
-
 // leave takes back all that a member has.
 func (h *hubServer) leave(m *member) {
 	i := slices.Index(h.members, m)
@@ -750,44 +745,18 @@ func (h *hubServer) leave(m *member) {
 		return
 	}
 	h.members = slices.Delete(h.members, i, i+1)
-	ctx, cancel := context.WithTimeout(context.Background(), hubCall)
-	defer cancel()
 	h.setNames(m.names())
-	h.sw.Remove(m.port)
 	for _, f := range m.ports {
-		_ = h.gw.fwd.Unpublish(ctx, f.id)
+		h.gw.forget(f.id)
 	}
-	for _, a := range m.used {
-		_ = h.gw.fwd.DropInside(ctx, a)
-	}
-	h.gw.dhcp4.Unreserve(m.MAC)
-	if h.gw.dhcp6 != nil {
-		h.gw.dhcp6.Unreserve(m.MAC)
-	}
-	h.endFlows(ctx, m)
-	for _, a := range m.addresses() {
-		h.gw.stack.ForgetNeighbor(a)
-	}
+	h.gw.removeMember(m.number)
 	h.save()
 	h.log.Info("left", "member", m.title(), "address", m.addr4)
 }
 
-// endFlows ends what a guest that has gone had with the outside.
-func (h *hubServer) endFlows(ctx context.Context, m *member) {
-	flows, err := h.gw.fwd.Flows(ctx)
-	if err != nil {
-		return
-	}
-	for _, f := range flows {
-		if slices.Contains(m.addresses(), f.Guest.Addr()) {
-			_ = h.gw.fwd.KillFlow(ctx, f.ID)
-		}
-	}
-}
-
 // setNames has the DNS server know who bears these names now.
 func (h *hubServer) setNames(names []string) {
-	if h.gw.dns == nil {
+	if h.cfg.NoDNS {
 		return
 	}
 	for _, name := range names {
@@ -798,11 +767,7 @@ func (h *hubServer) setNames(names []string) {
 			}
 		}
 		for _, full := range []string{name, name + "." + h.settings.Network + "." + networkDomain} {
-			if len(addrs) == 0 {
-				h.gw.dns.RemoveRecord(full)
-			} else if err := h.gw.dns.SetRecord(full, addrs...); err != nil {
-				h.log.Warn("a name will not be found", "name", full, "err", err)
-			}
+			h.gw.noteRecord(full, addrs)
 		}
 	}
 }
@@ -868,8 +833,12 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 		for _, m := range h.members {
 			s.Forwards += len(m.ports)
 		}
-		s.Switch = h.switchStats()
+		if s.Switch != nil {
+			s.Switch.Members = len(h.members)
+		}
 		return s, nil
+	case opSandbox:
+		return h.gw.sandboxInfo(), nil
 	}
 	if m == nil || !slices.Contains(h.members, m) {
 		return nil, errors.New("it is no member")
@@ -884,12 +853,9 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 				return nil, badConfig("publish %v: on a shared network a guest publishes its own addresses: leave the address out", q.Text)
 			}
 		}
-		in := forwarder.Inbound{Proto: uint8(q.Proto), FDs: fds, Guest4: q.Guest4, Guest6: q.Guest6}
-		if q.Proxy != 0 {
-			in.Preface = proxyHeader(q.Proxy)
-		}
+		in := forwarder.Inbound{FDs: fds, Guest4: q.Guest4, Guest6: q.Guest6}
 		handed = true
-		id, err := h.gw.fwd.Publish(ctx, in)
+		id, err := h.gw.publish(ctx, Forward{Protocol: q.Proto, Proxy: q.Proxy}, in)
 		if err == nil {
 			m.ports[q.Number] = hubForward{id, q.Text}
 		}
@@ -900,7 +866,7 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 			return nil, ErrNoForward
 		}
 		delete(m.ports, q.Number)
-		return nil, h.gw.fwd.Unpublish(ctx, f.id)
+		return nil, h.gw.unpublish(ctx, f.id)
 	case opInside:
 		if q.Inside == nil || len(fds) != 1 {
 			return nil, errors.New("the request is incomplete")
@@ -911,8 +877,7 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 			}
 		}
 		handed = true
-		m.used = q.Addrs
-		return nil, h.gw.fwd.UseInside(ctx, agent.NewSockets(fds[0], *q.Inside), q.Addrs...)
+		return nil, h.gw.openMember(ctx, insideOrder{m.number, *q.Inside, q.Addrs}, fds[0])
 	}
 	return nil, fmt.Errorf("unknown request %q", q.Op)
 }
@@ -922,15 +887,6 @@ func (h *hubServer) network() *Network {
 	n := &Network{cfg: h.cfg, log: h.log, ready: make(chan struct{})}
 	n.live.Store(&live{h.link, 0, h.gw, h.since})
 	return n
-}
-
-func (h *hubServer) switchStats() *SwitchStats {
-	s := h.sw.SwitchStats()
-	return &SwitchStats{
-		Members: len(h.members), Forwarded: s.Forwarded.Load(), ForwardedBytes: s.ForwardedBytes.Load(),
-		Flooded: s.Flooded.Load(), FloodLimited: s.FloodLimited.Load(), Spoofed: s.Spoofed.Load(),
-		Isolated: s.Isolated.Load(), Unknown: s.Unknown.Load(), Refused: s.Refused.Load(),
-	}
 }
 
 func (h *hubServer) inspect() SharedNetwork {
@@ -945,7 +901,13 @@ func (h *hubServer) inspect() SharedNetwork {
 		n.IPv6 = &Subnet{Prefix: a.Prefix6, Gateway: a.Gateway6, DNS: a.DNS6}
 	}
 	n.HostLoopback, n.HostPorts = h.cfg.HostLoopback, h.cfg.HostPorts
-	n.Switch = h.switchStats()
+	n.Sandbox = h.gw.sandboxInfo()
+	ctx, cancel := context.WithTimeout(context.Background(), engineTime)
+	defer cancel()
+	if s, err := h.gw.stats(ctx); err == nil && s.Switch != nil {
+		n.Switch = s.Switch
+		n.Switch.Members = len(h.members)
+	}
 	for _, m := range h.members {
 		i := MemberInfo{
 			Name: m.Name, Aliases: m.Aliases, Addrs: m.addresses(), MAC: m.MAC.String(), Link: string(m.Link.Kind),

@@ -155,6 +155,8 @@ func (n *Network) Info() Info {
 		i.MAC = net.HardwareAddr(l.link.MAC).String()
 		if r, ok := l.engine.(*remote); ok {
 			i.Sandbox = r.sandboxInfo()
+		} else if m := n.member.Load(); m != nil {
+			i.Sandbox = m.sandboxInfo()
 		} else {
 			i.Sandbox.Missing = "there is no process of its own for the gateway"
 		}
@@ -659,6 +661,9 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 		}
 		s.Denied.DNS = d.Rebound
 		s.Dropped.DNSDropped, s.Dropped.DNSOverload = d.Dropped, d.Overload
+	}
+	if g.shared != nil {
+		s.Switch = g.shared.stats()
 	}
 	s.DHCP4 = s.addDHCP(g.dhcp4.Stats(), len(g.dhcp4.Leases()))
 	if g.dhcp6 != nil {

@@ -146,6 +146,8 @@ func (n *Network) serveMember(ctx context.Context, m *membership, joined *joinRe
 				return ErrRemoved
 			case eventGone:
 				return tap.ErrGone
+			case eventWorker:
+				m.openAgain(ctx)
 			case eventDefault6:
 				if err := m.at.setDefaultRoute6(e.On); err != nil {
 					n.log.Warn("cannot change the IPv6 default route inside", "on", e.On, "err", err)
@@ -310,6 +312,33 @@ func (m *membership) useInside(ctx context.Context, s *agent.Sockets, own ...net
 		return nil
 	}
 	return m.tellInside(ctx)
+}
+
+// openAgain opens another way inside, for another worker: in the one that there is,
+// answers for the last may be under way.
+func (m *membership) openAgain(ctx context.Context) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.inside == nil || len(m.own) == 0 || m.at.agent == nil {
+		return
+	}
+	in, err := m.at.agent.Sockets()
+	if err == nil {
+		m.inside.Close()
+		m.inside = in
+		err = m.tellInside(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		m.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
+	}
+}
+
+// sandboxInfo tells what the network's process that faces the guests is kept from.
+func (m *membership) sandboxInfo() (i SandboxInfo) {
+	if err := m.ask(context.Background(), hubRequest{Op: opSandbox}, &i); err != nil {
+		i.Missing = err.Error()
+	}
+	return i
 }
 
 func (m *membership) close() {
@@ -492,6 +521,7 @@ type SharedNetwork struct {
 	HostPorts    []uint16     `json:"host_ports,omitempty"`
 	Members      []MemberInfo `json:"members"`
 	Switch       *SwitchStats `json:"switch,omitempty"`
+	Sandbox      SandboxInfo  `json:"sandbox"`
 }
 
 // MemberInfo tells of one guest of a shared network.

@@ -37,6 +37,10 @@ type remote struct {
 	sockets func() (*agent.Sockets, error)
 	cutOff  func() (int, error)
 	rate    *rate.Limiter // of the worker's log records
+	// shared has the guests come and go: there is no link. restarted, if it is not
+	// nil, is called when another worker has taken over.
+	shared    bool
+	restarted func()
 
 	mu       sync.Mutex // guards following
 	seed     seed
@@ -45,8 +49,9 @@ type remote struct {
 	current  *incarnation  // nil while there is none
 	up       chan struct{} // closed when there is one again
 	ports    map[uint64]*remotePort
-	last     uint64       // id of a port
-	inside   []netip.Addr // that sockets inside can connect to, if they can be had
+	members  map[uint64]*remoteMember // of a shared network
+	last     uint64                   // id of a port or member
+	inside   []netip.Addr             // that sockets inside can connect to, if they can be had
 	restarts uint64
 	lostLogs int
 }
@@ -120,10 +125,7 @@ const (
 
 // startRemote has a worker serve a link.
 func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *launch) (*remote, error) {
-	r := &remote{
-		cfg: c, link: at.link, log: c.Logger, rate: rate.NewLimiter(logsPerSecond, logBurst),
-		seed: s, level: levelOf(c.Logger), up: make(chan struct{}), ports: make(map[uint64]*remotePort),
-	}
+	r := newRemote(c, at.link, s)
 	if at.agent != nil {
 		r.sockets, r.cutOff = at.agent.Sockets, at.agent.CutOff
 	}
@@ -131,6 +133,23 @@ func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *l
 		return nil, err
 	}
 	return r, nil
+}
+
+// startShared has a worker serve a network whose guests come and go.
+func startShared(ctx context.Context, c Config, link agent.Link, s seed, restarted func()) (*remote, error) {
+	r := newRemote(c, link, s)
+	r.shared, r.restarted = true, restarted
+	if err := r.start(ctx, launchWorker()); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+func newRemote(c Config, link agent.Link, s seed) *remote {
+	return &remote{
+		cfg: c, link: link, log: c.Logger, rate: rate.NewLimiter(logsPerSecond, logBurst), seed: s, level: levelOf(c.Logger),
+		up: make(chan struct{}), ports: make(map[uint64]*remotePort), members: make(map[uint64]*remoteMember),
+	}
 }
 
 // levelOf finds the lowest of the usual levels that a logger takes.
@@ -177,14 +196,22 @@ func (r *remote) start(ctx context.Context, l *launch) error {
 // instruct tells a worker what to do.
 func (r *remote) instruct(ctx context.Context, w *incarnation) error {
 	r.mu.Lock()
-	o := startOrder{Config: r.cfg, Link: r.link, Seed: r.seed, Level: r.level, Seal: !r.cfg.NoSandbox}
+	o := startOrder{Config: r.cfg, Link: r.link, Seed: r.seed, Level: r.level, Seal: !r.cfg.NoSandbox, Shared: r.shared}
 	o.Config.TapFile, o.Config.Logger, o.Config.Publish, o.Config.Cleanup = nil, nil, nil, nil
 	o.Config.Capture, o.Config.PublishAuto = nil, nil
 	o.Config.AddHosts = nil // they are among the seed's records
 	r.mu.Unlock()
 	var status sandbox.Status
-	if _, err := w.Call(ctx, opStart, o, &status, r.link.FD); err != nil {
+	var link []int
+	if !r.shared {
+		link = []int{r.link.FD}
+	}
+	if _, err := w.Call(ctx, opStart, o, &status, link...); err != nil {
 		return decoded(err)
+	}
+	members, err := r.takeIn(ctx, w)
+	if err != nil {
+		return err
 	}
 	r.mu.Lock()
 	own, ports := r.inside, maps.Clone(r.ports)
@@ -216,12 +243,38 @@ func (r *remote) instruct(ctx context.Context, w *incarnation) error {
 			_ = w.Note(opUnpublish, number)
 		}
 	}
+	for number := range members {
+		if r.members[number] == nil {
+			_ = w.Note(opLeave, number)
+		}
+	}
+	tellRecords(w, o.Seed.Records, r.seed.Records)
 	_ = w.Note(opLocal, r.seed.Local)
 	_ = w.Note(opDefault6, r.seed.Default6)
 	_ = w.Note(opResolvConf, r.seed.ResolvConf)
 	r.status, r.current = status, w
 	close(r.up)
 	return nil
+}
+
+// takeIn has a new worker serve the guests of the last.
+func (r *remote) takeIn(ctx context.Context, w *incarnation) (map[uint64]*remoteMember, error) {
+	r.mu.Lock()
+	members := maps.Clone(r.members)
+	r.mu.Unlock()
+	for number, m := range members {
+		_, err := w.Call(ctx, opMember, m.memberOrder, nil, m.fd)
+		if err == nil {
+			continue
+		}
+		r.mu.Lock()
+		still := r.members[number] != nil
+		r.mu.Unlock()
+		if still {
+			return nil, decoded(err)
+		}
+	}
+	return members, nil
 }
 
 // run looks after the worker until ctx is done or the link is gone.
@@ -272,6 +325,9 @@ func (r *remote) run(ctx context.Context) error {
 		n := r.restarts
 		r.mu.Unlock()
 		r.log.Info("a new worker serves the guest", "restarts", n)
+		if r.restarted != nil {
+			go r.restarted()
+		}
 	}
 }
 
@@ -337,8 +393,8 @@ func (r *remote) close() {
 	r.mu.Lock()
 	w := r.current
 	r.current = nil
-	ports := r.ports
-	r.ports = nil
+	ports, members := r.ports, r.members
+	r.ports, r.members = nil, nil
 	r.mu.Unlock()
 	if w != nil {
 		w.Close()
@@ -350,6 +406,9 @@ func (r *remote) close() {
 	}
 	for _, p := range ports {
 		closeAll(p.fds)
+	}
+	for _, m := range members {
+		closeFD(m.fd)
 	}
 }
 
@@ -389,6 +448,17 @@ func (r *remote) answer(w *incarnation, q *worker.Request) (any, []int, error) {
 			r.seed.Leases6 = l
 		}
 		r.mu.Unlock()
+	case opGone:
+		var number uint64
+		if err := q.Decode(&number); err != nil {
+			return nil, nil, err
+		}
+		r.mu.Lock()
+		m := r.members[number]
+		r.mu.Unlock()
+		if m != nil {
+			m.gone()
+		}
 	case opDial:
 		var path string
 		if err := q.Decode(&path); err != nil {

@@ -33,12 +33,18 @@ const (
 	opCapture    = "capture" // with the pipe to write to
 	opEndCapture = "end-capture"
 
+	// Where a network is shared.
+	opMember     = "member" // with its link
+	opLeave      = "leave"
+	opOpenMember = "open-member" // with the way into it
+
 	// Of the worker.
 	opLog     = "log"
 	opEnded   = "ended"
 	opLeases4 = "leases4"
 	opLeases6 = "leases6"
 	opDial    = "dial" // a unix socket of the host
+	opGone    = "gone" // the link of a member
 )
 
 // startOrder is what a worker begins with.
@@ -48,6 +54,7 @@ type startOrder struct {
 	Seed   seed
 	Level  slog.Level
 	Seal   bool
+	Shared bool // guests come and go: there is no link
 }
 
 // ending tells why a gateway has ended.
@@ -114,6 +121,7 @@ type workerServer struct {
 
 	mu      sync.Mutex // guards following
 	gateway *gateway
+	config  Config
 	dials   int
 	ends    map[uint64]context.CancelFunc // of captures
 }
@@ -179,6 +187,12 @@ func (s *workerServer) ask(ctx context.Context, g *gateway, r *worker.Request) (
 			sockets.MakeSpares() // this process serves but one guest
 			return g.useInside(ctx, sockets, own...)
 		})
+	case opMember:
+		return s.member(g, r)
+	case opLeave:
+		return nil, with(r, func(number uint64) error { g.leave(ctx, number); return nil })
+	case opOpenMember:
+		return nil, with(r, func(o insideOrder) error { return g.openMember(ctx, o, r.TakeFD()) })
 	case opFlows:
 		return g.flows(ctx)
 	case opKillFlow:
@@ -216,6 +230,24 @@ func (s *workerServer) ask(ctx context.Context, g *gateway, r *worker.Request) (
 		})
 	}
 	return nil, errors.New("unknown request " + r.Op)
+}
+
+// member takes a guest of a shared network in, and says where it shall look names
+// up.
+func (s *workerServer) member(g *gateway, r *worker.Request) ([]string, error) {
+	var o memberOrder
+	if err := r.Decode(&o); err != nil {
+		return nil, err
+	}
+	fd := r.TakeFD()
+	if fd < 0 {
+		return nil, errors.New("no link")
+	}
+	again, err := g.join(o, fd, func() { s.tell(opGone, o.Number) })
+	if again || err != nil {
+		closeFD(fd)
+	}
+	return g.search(s.config)(), err
 }
 
 // capture writes frames to a pipe until it is told to end, or nobody reads them.
@@ -256,14 +288,17 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 	if err := r.Decode(&o); err != nil {
 		return nil, err
 	}
-	if o.Link.FD = r.TakeFD(); o.Link.FD < 0 {
+	open := newGateway
+	if o.Shared {
+		open = newSharedGateway
+	} else if o.Link.FD = r.TakeFD(); o.Link.FD < 0 {
 		return nil, errors.New("no link")
 	}
 	tuneWorker()
 	s.sends.SetLevel(o.Level)
 	go s.sends.Send(s.conn, opLog)
 	o.Config.Logger = s.log
-	g, err := newGateway(o.Config, o.Link, o.Seed, hooks{
+	g, err := open(o.Config, o.Link, o.Seed, hooks{
 		dialPath: s.dialPath,
 		leases4:  func(l []dhcp.SavedLease) { s.tell(opLeases4, l) },
 		leases6:  func(l []dhcp.SavedLease) { s.tell(opLeases6, l) },
@@ -281,7 +316,7 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 		status = &sealed
 	}
 	s.mu.Lock()
-	s.gateway = g
+	s.gateway, s.config = g, o.Config
 	s.mu.Unlock()
 	time.AfterFunc(settledAfter, trim.Trim)
 	go s.run(g)

@@ -90,6 +90,9 @@ type sharedNetwork struct {
 		Spoofed  int `json:"spoofed"`
 		Isolated int `json:"isolated"`
 	} `json:"switch"`
+	Sandbox struct {
+		WorkerPID int `json:"worker_pid"`
+	} `json:"sandbox"`
 }
 
 func (s *shared) inspect(t *testing.T, network string) (n sharedNetwork, ok bool) {
@@ -139,7 +142,7 @@ func within(t *testing.T, limit time.Duration, what string, f func() bool) {
 
 func (s *shared) wantGone(t *testing.T) {
 	t.Helper()
-	s.WantNothingLeft(t, 5*time.Second, "usernet", "usernet-agent", "usernet-hub")
+	s.WantNothingLeft(t, 5*time.Second, "usernet", "usernet-agent", "usernet-hub", "usernet-worker")
 	if left, _ := filepath.Glob(filepath.Join(s.Dir, "run/user/1000/usernet/networks/*")); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}
@@ -274,7 +277,7 @@ func TestNetworkApart(t *testing.T) {
 			to := pair[1].addr(t, six)
 			r := rig.Dial.On(t, pair[0].guest, rig.DialRequest{Network: "tcp", Addr: at(to, ports[pair[1]].Echo), Timeout: 700 * time.Millisecond})
 			if r.String() == "connected" {
-				t.Errorf("to %v: %v", to, r)
+				t.Errorf("to %s: %v", to, r)
 			}
 		}
 		// What is outside is there for all of them.
@@ -516,6 +519,8 @@ func TestNetworkPublish(t *testing.T) {
 		}
 	}
 	check("at first")
+	s.killWorker(t, "blue")
+	check("after the worker's death")
 	n, _ := s.inspect(t, "blue")
 	before := n.HubPID
 	addrs := [2]netip.Addr{a.addr(t, false), b.addr(t, false)}
@@ -539,6 +544,85 @@ func TestNetworkPublish(t *testing.T) {
 	})
 	b.Signal(syscall.SIGTERM)
 	s.wantGone(t)
+}
+
+// killWorker ends the process that faces a network's guests, and waits until
+// another one does.
+func (s *shared) killWorker(t *testing.T, network string) {
+	t.Helper()
+	n, ok := s.inspect(t, network)
+	if !ok || n.Sandbox.WorkerPID == 0 {
+		t.Fatal("the network has no worker")
+	}
+	s.Host.Must(t, "kill", "-9", strconv.Itoa(n.Sandbox.WorkerPID))
+	began := time.Now()
+	if !rig.Poll(10*time.Second, func() bool {
+		now, ok := s.inspect(t, network)
+		return ok && now.Sandbox.WorkerPID != 0 && now.Sandbox.WorkerPID != n.Sandbox.WorkerPID
+	}) {
+		t.Fatal("no other worker has come")
+	}
+	t.Logf("another worker after %v", time.Since(began).Round(time.Millisecond))
+}
+
+// TestNetworkWorkerEnds: when the process that faces the guests ends, the next one
+// serves the same members, with their names and addresses.
+func TestNetworkWorkerEnds(t *testing.T) {
+	rig.NeedTools(t, "dig", "ping")
+	s := newShared(t)
+	a := s.join(t, "blue", "web", "--alias", "front")
+	b := s.join(t, "blue", "db")
+	a.guest.ServeOn(t, false)
+	gone := s.join(t, "blue", "gone")
+	gone.Signal(syscall.SIGKILL)
+	gone.Wait(10 * time.Second)
+	within(t, 5*time.Second, "a member has left", func() bool { n, _ := s.inspect(t, "blue"); return n.names() == "db web" })
+	before, _ := s.inspect(t, "blue")
+	a4, a6 := a.addr(t, false), a.addr(t, true)
+	for range 2 {
+		s.killWorker(t, "blue")
+		for name, want := range map[string]string{
+			"web A": a4.String(), "front.blue.usernet.internal A": a4.String(), "web AAAA": a6.String(), "gone A": "",
+		} {
+			got, text := dig(t, b.guest, b.dns(t), strings.Fields(name)...)
+			if strings.Join(got, " ") != want {
+				t.Errorf("%s: %q, want %q:\n%s", name, got, want, text)
+			}
+		}
+		for _, six := range []bool{false, true} {
+			b.guest.Must(t, "ping", "-c1", "-W5", a.addr(t, six).String())
+			for _, to := range []string{at(a.addr(t, six), rig.Services.Echo), web(six, rig.Services.Echo)} {
+				if r := rig.Dial.On(t, b.guest, rig.DialRequest{Network: "tcp", Addr: to}); r.String() != "connected" {
+					t.Errorf("to %s: %v", to, r)
+				}
+			}
+		}
+	}
+	c := s.join(t, "blue", "cache")
+	b.guest.Must(t, "ping", "-c1", "-W5", c.addr(t, false).String())
+	after, _ := s.inspect(t, "blue")
+	if after.HubPID != before.HubPID || after.names() != "cache db web" {
+		t.Errorf("was %+v, is %+v", before, after)
+	}
+	for _, m := range []*member{a, b, c} {
+		m.Signal(syscall.SIGTERM)
+	}
+	s.wantGone(t)
+}
+
+// TestNetworkWorkerSealed: the process that faces the guests of a network has no
+// rights, and members can tell.
+func TestNetworkWorkerSealed(t *testing.T) {
+	s := newShared(t)
+	a := s.join(t, "blue", "a")
+	n, _ := s.inspect(t, "blue")
+	if n.Sandbox.WorkerPID == 0 {
+		t.Fatal("the network has no worker")
+	}
+	wantSealed(t, n.Sandbox.WorkerPID, s.User, a.guest)
+	if p := s.usernet(t, "info", "--json"); p.code != 0 || !strings.Contains(p.stdout, fmt.Sprintf(`"worker_pid":%d`, n.Sandbox.WorkerPID)) {
+		t.Errorf("a member does not tell of the worker: %+v", p)
+	}
 }
 
 // hubOf finds the only hub's process, as the host knows it.

@@ -153,7 +153,12 @@ func TestWorkerSealed(t *testing.T) {
 	rig.NeedUsernet(t)
 	w := onTap(t)
 	w.attach(t)
-	pid := workerOf(t, w)
+	wantSealed(t, workerOf(t, w), w.User, w.Guest)
+}
+
+// wantSealed looks at a process that faces guests.
+func wantSealed(t *testing.T, pid int, nodes ...*rig.Node) {
+	t.Helper()
 	b, err := os.ReadFile(filepath.Join("/proc", itoa(pid), "status"))
 	if err != nil {
 		t.Fatal(err)
@@ -169,7 +174,7 @@ func TestWorkerSealed(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"mem", "maps", "environ", "fd/3"} {
-		for _, from := range []*rig.Node{w.User, w.Guest} {
+		for _, from := range nodes {
 			if o := from.Run(t, "head", "-c1", filepath.Join("/proc", itoa(pid), name)); o.Code == 0 {
 				t.Errorf("%s can read its %s", from.Name, name)
 			}
