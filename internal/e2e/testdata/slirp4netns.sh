@@ -109,6 +109,8 @@ inside timeout 20 dig +short +tcp +tries=3 +time=5 @10.0.2.3 www.example.test | 
 inside ping -c 1 -W 10 10.0.2.2 | check ping-gateway '1 received'
 inside ping -c 1 -W 10 10.0.2.3 | check ping-dns '1 received'
 inside ping -c 1 -W 10 192.0.2.7 | check ping-outside '1 received'
+inside timeout 20 ping -c 1 -W 10 203.0.113.1 2>&1 | check ping-unreachable 'From 10.0.2.2 .*Host Unreachable'
+echo hello | inside timeout 20 socat -t 5 - UDP:10.0.2.2:9 2>&1 | check udp-refused 'Connection refused'
 inside timeout 20 ping -c 1 -W 10 10.0.2.50 2>&1 | check no-neighbour 'Unreachable|100% packet loss'
 grep . out err | check banner 'Starting slirp' '\* MTU:             65520$' '\* Network:         10.0.2.0$' '\* Netmask:         255.255.255.0$' '\* Gateway:         10.0.2.2$' \
 	'\* DNS:             10.0.2.3$' '\* DHCP begin:      10.0.2.15$' '\* DHCP end:        10.0.2.30$' '\* Recommended IP:  10.0.2.100$' \
@@ -228,11 +230,16 @@ finish
 
 start -6 --outbound-addr6=2001:db8::9 --netns-type=path --userns-path=/proc/GUEST/ns/user /proc/GUEST/ns/net tap0
 inside ip address | check untouched '!10\.0\.2' '!tap0:.*UP' '!lo:.*UP'
-inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -t 10 -n -q -f -s /bin/true' 2>&1 | check dhcp '10.0.2.15'
+printf '#!/bin/sh\n[ "$1" = bound ] && env\n' >show
+chmod +x show
+inside sh -c 'ip link set lo up; ip link set tap0 up; busybox udhcpc -i tap0 -t 10 -O mtu -O serverid -n -q -f -s ./show' >leased 2>&1
+check dhcp 'lease of 10.0.2.15 obtained' '^ip=10.0.2.15$' '^subnet=255.255.255.0$' '^router=10.0.2.2$' '^dns=10.0.2.3$' '^serverid=10.0.2.2$' '!^domain=' '!^hostname=' <leased
+check dhcp-more '^lease=3600$' '^mtu=1500$' '^broadcast=10.0.2.255$' '!^siaddr=' <leased
 addressed6() { inside ip -6 address show "$1" | grep 'fd00::' | grep -vq tentative; }
 patiently addressed6 tap0
 inside ip -6 address show tap0 | check slaac 'inet6 fd00::'
 inside ip -6 route | check ipv6-route 'default via fe80::2 '
+(inside ip -6 address show tap0; inside ip -6 route) | check ipv6-lifetimes 'fd00::.*/64 scope global' 'valid_lft 8[56][0-9]{3}sec preferred_lft 1[34][0-9]{3}sec' 'default .* expires 1[678][0-9]{2}sec'
 inside ping -c 1 -W 10 fd00::3 | check ipv6-ping '1 received'
 inside timeout 20 socat -u TCP:[fd00::2]:7778 - | check ipv6-loopback 'from '
 inside timeout 20 socat -u TCP:[2001:db8::1]:7778 - | check ipv6-outbound 'from .*2001:0?db8:.*:0*9.?$'
