@@ -170,6 +170,8 @@ type hubRequest struct {
 	Addrs  []netip.Addr   `json:"addrs,omitempty"`
 	Text   string         `json:"text,omitempty"`
 	Force  bool           `json:"force,omitempty"`
+
+	Capture *CaptureOptions `json:"capture,omitempty"`
 }
 
 type hubReply struct {
@@ -406,6 +408,12 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 	defer c.Close()
 	var m *member
 	tried := false // to become one
+	captures, end := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	defer func() {
+		end()
+		running.Wait()
+	}()
 	for {
 		var q hubRequest
 		fds, err := c.Receive(&q)
@@ -414,6 +422,16 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 				h.log.Debug("a connection has ended", "pid", pid, "err", err)
 			}
 			break
+		}
+		if q.Op == opCapture {
+			// It ends with the connection, at the latest.
+			running.Go(func() {
+				err := h.capture(captures, &q, fds)
+				if c.Send(replyOf(q.ID, err)) != nil {
+					c.Close()
+				}
+			})
+			continue
 		}
 		r := hubReply{ID: q.ID}
 		var body any
@@ -432,7 +450,7 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 			r.Body, err = json.Marshal(body)
 		}
 		if err != nil {
-			r.Error, r.Code = err.Error(), errorCode(err)
+			r = replyOf(q.ID, err)
 		}
 		if c.Send(r) != nil {
 			break
@@ -446,6 +464,37 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 	if tried {
 		h.endIfEmpty()
 	}
+}
+
+func replyOf(id uint64, err error) hubReply {
+	if err == nil {
+		return hubReply{ID: id}
+	}
+	return hubReply{ID: id, Error: err.Error(), Code: errorCode(err)}
+}
+
+// capture writes the network's frames to a pipe.
+func (h *hubServer) capture(ctx context.Context, q *hubRequest, fds []int) error {
+	if len(fds) != 1 || q.Capture == nil {
+		hub.CloseFDs(fds)
+		return errors.New("the request is incomplete")
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		hub.CloseFDs(fds)
+		return err
+	}
+	to := os.NewFile(uintptr(fds[0]), "capture")
+	defer to.Close()
+	h.mu.Lock()
+	gw, name := h.gw, h.settings.Network
+	h.mu.Unlock()
+	if gw == nil {
+		return ErrNotRunning
+	}
+	// At its end there is only so much time for who reads.
+	stop := context.AfterFunc(ctx, func() { _ = to.SetWriteDeadline(time.Now().Add(engineTime)) })
+	defer stop()
+	return gw.capture(ctx, to, name, *q.Capture)
 }
 
 // join makes a process that asks for it a member.

@@ -441,7 +441,7 @@ var ErrCaptures = errors.New("usernet: too many captures run already: end one fi
 // Capture writes the frames of the guest's link to w, as pcapng, until ctx is
 // done or w fails. Traffic does not wait for w: what that has no room for is
 // dropped and counted in what it gets. Published TCP ports that bypass the link
-// are not on it.
+// are not on it. On a shared network they are the frames of all its guests.
 func (n *Network) Capture(ctx context.Context, w io.Writer, o CaptureOptions) error {
 	_, err := capture.ParseFilter(o.Filter)
 	switch {
@@ -454,10 +454,12 @@ func (n *Network) Capture(ctx context.Context, w io.Writer, o CaptureOptions) er
 	switch {
 	case l == nil:
 		return ErrNotRunning
-	case l.engine == nil:
-		return fmt.Errorf("usernet: capture: %w on a shared network, whose frames are its hub's: use tcpdump inside", errors.ErrUnsupported)
 	}
-	err = l.engine.capture(ctx, w, l.link.Name, o)
+	if m := n.member.Load(); m != nil {
+		err = captureShared(ctx, m.place, w, o)
+	} else {
+		err = l.engine.capture(ctx, w, l.link.Name, o)
+	}
 	if err != nil && !errors.Is(err, ErrCaptures) {
 		return fmt.Errorf("usernet: capture: %w", err)
 	}

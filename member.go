@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -96,6 +97,15 @@ func (n *Network) runMember(ctx context.Context, at *attachment) error {
 		g.Go(func() error {
 			if at.ns.Watch(ctx) == nil {
 				return errNamespaceGone
+			}
+			return nil
+		})
+	}
+	if n.cfg.Capture != nil {
+		g.Go(func() error {
+			// Nobody shall be without a network because a disk is full.
+			if err := n.Capture(ctx, n.cfg.Capture, CaptureOptions{}); err != nil {
+				n.log.Warn("frames are no longer written", "err", err)
 			}
 			return nil
 		})
@@ -492,7 +502,7 @@ const codeEnds = "ends"
 // hubErrors are the errors that keep their meaning on the way from a hub.
 var hubErrors = map[string]error{
 	"config": ErrConfig, "no-flow": ErrNoFlow, "no-record": ErrNoRecord, "no-dns": ErrNoDNS,
-	"not-running": ErrNotRunning, "no-forward": ErrNoForward, codeEnds: errHubEnds, "no-descriptors": unix.EMFILE,
+	"not-running": ErrNotRunning, "no-forward": ErrNoForward, codeEnds: errHubEnds, "no-descriptors": unix.EMFILE, "captures": ErrCaptures,
 }
 
 // Is finds what the error meant in the hub.
@@ -505,6 +515,52 @@ func errorCode(err error) string {
 		}
 	}
 	return ""
+}
+
+// captureShared writes the frames of a network until ctx is done or the hub has
+// ended.
+func captureShared(ctx context.Context, p hub.Place, w io.Writer, o CaptureOptions) error {
+	conn, err := hub.Connect(p) // whose end is that of the capture
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		return err
+	}
+	from := os.NewFile(uintptr(pipe[0]), "capture")
+	defer from.Close()
+	err = conn.Send(hubRequest{ID: 1, Op: opCapture, Capture: &o}, pipe[1])
+	closeFD(pipe[1])
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() }) // what the pipe has comes still
+	defer stop()
+	if _, err := io.Copy(w, from); err != nil {
+		return err
+	}
+	var r hubReply
+	fds, err := conn.Receive(&r)
+	hub.CloseFDs(fds)
+	switch {
+	case ctx.Err() != nil, errors.Is(err, io.EOF):
+		return nil
+	case err != nil:
+		return err
+	case r.Error != "":
+		return decodedHub(r)
+	}
+	return nil
+}
+
+// decodedHub finds the error that a hub has answered with.
+func decodedHub(r hubReply) error {
+	if known := hubErrors[r.Code]; known != nil && r.Code != "config" {
+		return known
+	}
+	return &hubError{r.Error, r.Code}
 }
 
 // A SharedNetwork is a network of several guests of this user.

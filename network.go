@@ -53,8 +53,6 @@ func (c Config) checkNetwork() error {
 	switch {
 	case c.NoGuard || c.Configure == ConfigureKeep:
 		return badConfig("join network %s: settings of slirp4netns do not go with it", c.Network)
-	case c.Capture != nil:
-		return badConfig("capture the guest's frames: on a shared network they are the hub's: use tcpdump inside")
 	case c.NoDNS && (c.Name != "" || len(c.Aliases) > 0):
 		return badConfig("name the guest %q: without DNS nobody can look that up: drop the one or the other", slices.Concat([]string{c.Name}, c.Aliases)[0])
 	}

@@ -625,6 +625,47 @@ func TestNetworkWorkerSealed(t *testing.T) {
 	}
 }
 
+// TestNetworkCapture: what passes between members is captured by any of them, and
+// goes on with the next worker.
+func TestNetworkCapture(t *testing.T) {
+	rig.NeedTools(t, "tcpdump", "ping")
+	s := newShared(t)
+	dir := shortDir(t)
+	all, some := filepath.Join(dir, "all.pcapng"), filepath.Join(dir, "some.pcapng")
+	a := s.join(t, "blue", "a", "--pcap", all)
+	p := s.User.Exec(t, rig.Command{Args: []string{rig.Binary(t), "capture", "-w", some, "icmp"}, Env: networkEnv})
+	if !rig.Poll(20*time.Second, func() bool { // the heads are there
+		return s.User.Run(t, "test", "-s", some, "-a", "-s", all).Code == 0
+	}) {
+		t.Fatalf("nothing is captured: %s", p.Stderr())
+	}
+	b, c := s.join(t, "blue", "b"), s.join(t, "blue", "c")
+	pings := func(path, what string) int {
+		return strings.Count(s.User.Run(t, "tcpdump", "-nr", path).Stdout, what)
+	}
+	b.guest.Must(t, "ping", "-c1", "-W5", c.addr(t, false).String())
+	within(t, 20*time.Second, "a ping between two others is captured", func() bool { return pings(all, "ICMP echo reply") > 0 })
+	s.killWorker(t, "blue")
+	within(t, 20*time.Second, "a ping is captured after the worker's death", func() bool {
+		c.guest.Must(t, "ping", "-c1", "-W5", a.addr(t, false).String())
+		return pings(all, c.addr(t, false).String()+" > "+a.addr(t, false).String()+": ICMP echo request") > 0
+	})
+	p.Signal(syscall.SIGINT)
+	if code, ok := p.Wait(20 * time.Second); !ok || code != 0 {
+		t.Errorf("status %d, ended %t: %s", code, ok, p.Stderr())
+	}
+	if pings(some, "ICMP echo reply") == 0 || pings(some, "ARP") != 0 {
+		t.Errorf("captured with a filter:\n%s", s.User.Run(t, "tcpdump", "-nr", some).Stdout)
+	}
+	if code, ok := s.User.Exec(t, rig.Command{Args: []string{rig.Binary(t), "capture", "-w", some, "no filter"}, Env: networkEnv}).Wait(20 * time.Second); !ok || code == 0 {
+		t.Errorf("a filter that is none: status %d", code)
+	}
+	for _, m := range []*member{a, b, c} {
+		m.Signal(syscall.SIGTERM)
+	}
+	s.wantGone(t)
+}
+
 // hubOf finds the only hub's process, as the host knows it.
 func hubOf(t *testing.T, s *shared) int {
 	t.Helper()
