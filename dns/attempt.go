@@ -112,6 +112,22 @@ func (a *attempt) fail(sock *socket, err error) {
 	f.nextLocked(now)
 }
 
+// again sends a's query from another port than sock's, by which it has not left.
+func (a *attempt) again(sock *socket) {
+	f := a.f
+	f.mu.Lock()
+	defer f.unlock()
+	if !a.open || a.sock != sock {
+		return
+	}
+	f.s.sockets.forget(a, false)
+	if err := f.s.sockets.send(a, f.s.bind); err != nil {
+		now := f.s.now()
+		f.failLocked(a, err, now)
+		f.nextLocked(now)
+	}
+}
+
 // suspect has a's question asked over TCP if it was asked by sock, whose port
 // somebody seems to know.
 func (a *attempt) suspect(sock *socket) {

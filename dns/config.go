@@ -15,8 +15,9 @@ type Config struct {
 	// closes them when it ends. Conns with the methods
 	// ReadFromUDPAddrPort and WriteToUDPAddrPort of net.UDPConn save an
 	// allocation per message; those with a method
-	// Handle(func(b []byte, from netip.AddrPort)) besides, which has its
-	// argument called for each message, a goroutine's awakening.
+	// Handle(take func(b []byte, from netip.AddrPort), done func()) besides,
+	// which has take called for each message and done after all those that
+	// came at once, a goroutine's awakening.
 	PacketConns []net.PacketConn
 	Listeners   []net.Listener
 

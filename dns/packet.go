@@ -31,7 +31,9 @@ type addrPortConn interface {
 // handlerConn is what a conn has that can hand over datagrams where it receives
 // them: no goroutine has to wake for a query.
 type handlerConn interface {
-	Handle(f func(b []byte, from netip.AddrPort))
+	// Handle has take called with each, and done after each or after all those
+	// that came at once.
+	Handle(take func(b []byte, from netip.AddrPort), done func())
 }
 
 // send sends msg under the client's id. It keeps nothing of it.
@@ -100,8 +102,9 @@ func (s *Server) handlePackets(ctx context.Context, conn handlerConn, c client) 
 		if len(b) >= 2 {
 			c.id = binary.BigEndian.Uint16(b)
 		}
+		s.sockets.hold()
 		s.handle(b, c, overUDP, w)
-	})
+	}, s.sockets.release)
 	<-ctx.Done()
 	mu.Lock()
 	defer mu.Unlock()

@@ -61,6 +61,21 @@ type sockets struct {
 	unused int // of idle, the first ones, since the last reaping
 	reaper *time.Timer
 	closed bool
+
+	// Queries on shared ports that wait for others while holding is set.
+	holding bool
+	held    []heldQuery
+
+	releasing sync.Mutex // guards following; taken before mu
+	spare     []heldQuery
+	out       outbox
+}
+
+// heldQuery is a query that waits on the port it is going to leave by.
+type heldQuery struct {
+	a    *attempt
+	sock *socket
+	id   uint16
 }
 
 // socket is a UDP socket in the epoll set.
@@ -73,8 +88,8 @@ type socket struct {
 	open    []*attempt // those without an answer
 	wrong   int        // messages that answered none of them
 	unfit   bool       // something may still come, or went wrong
-	reading bool
-	resting bool // disconnected, or about to be
+	users   int        // who read from it or write to it without the lock
+	resting bool       // disconnected, or about to be
 }
 
 // find returns the query of that id, nil if there is none.
@@ -116,7 +131,9 @@ func (s *sockets) start(srv *Server) error {
 
 // send sends a's query to its upstream. The caller holds a's flight.
 func (s *sockets) send(a *attempt, bind func(fd int, remote netip.AddrPort) error) error {
-	if sock := s.share(a); sock != nil {
+	if sock, held := s.share(a); held {
+		return nil
+	} else if sock != nil {
 		err := s.write(sock, a)
 		if err == nil {
 			return nil
@@ -156,13 +173,13 @@ func (s *sockets) send(a *attempt, bind func(fd int, remote netip.AddrPort) erro
 }
 
 // share makes a one of the queries on the latest port to its upstream, if
-// that may be shared.
-func (s *sockets) share(a *attempt) *socket {
+// that may be shared, and reports whether it is held to be sent with others.
+func (s *sockets) share(a *attempt) (sock *socket, held bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	sock := a.up.latest
+	sock = a.up.latest
 	if sock == nil || !sock.shareable(a.started) {
-		return nil
+		return nil, false
 	}
 	for sock.find(a.id) != nil {
 		a.id = s.s.ids.next()
@@ -170,7 +187,69 @@ func (s *sockets) share(a *attempt) *socket {
 	sock.open = append(sock.open, a)
 	sock.sent++
 	a.sock = sock
-	return sock
+	if s.holding {
+		s.held = append(s.held, heldQuery{a, sock, a.id})
+	}
+	return sock, s.holding
+}
+
+// hold has queries on shared ports wait for release, to leave by fewer system
+// calls.
+func (s *sockets) hold() {
+	s.mu.Lock()
+	s.holding = true
+	s.mu.Unlock()
+}
+
+// release sends the queries that wait.
+func (s *sockets) release() {
+	s.releasing.Lock()
+	defer s.releasing.Unlock()
+	s.mu.Lock()
+	s.holding = false
+	held := s.held
+	s.held, s.spare = s.spare, nil
+	s.mu.Unlock()
+	for rest := held; len(rest) > 0; {
+		n := 1
+		for n < len(rest) && n < portQueries && rest[n].sock == rest[0].sock {
+			n++
+		}
+		s.sendHeld(rest[0].sock, rest[:n])
+		rest = rest[n:]
+	}
+	clear(held)
+	s.spare = held[:0]
+}
+
+// sendHeld sends queries that waited, on the port that they share.
+func (s *sockets) sendHeld(sock *socket, held []heldQuery) {
+	s.mu.Lock()
+	live := held[:0]
+	for _, h := range held {
+		// One that is over by now has no socket any more.
+		if sock.find(h.id) == h.a {
+			s.out.add(h.id, h.a.f.ask)
+			live = append(live, h)
+		}
+	}
+	if len(live) == 0 {
+		s.mu.Unlock()
+		return
+	}
+	sock.users++
+	s.mu.Unlock()
+	n, err := s.out.send(sock.fd)
+	s.out.clear()
+	if err != nil {
+		// The error is that of an earlier query, and so are all on this port
+		// but for those that have not left.
+		for _, h := range live[n:] {
+			h.a.again(sock)
+		}
+		s.fail(sock, os.NewSyscallError("send", err))
+	}
+	s.end(sock)
 }
 
 // first sends a's query, the first one on sock since that has its port.
@@ -230,7 +309,7 @@ func (s *sockets) forget(a *attempt, good bool) {
 // for others.
 func (s *sockets) settle(sock *socket) {
 	s.mu.Lock()
-	if sock.reading || sock.resting || len(sock.open) > 0 {
+	if sock.users > 0 || sock.resting || len(sock.open) > 0 {
 		s.mu.Unlock()
 		return
 	}
@@ -259,7 +338,7 @@ func (s *sockets) discard(sock *socket, a *attempt) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	sock.open, sock.resting, sock.unfit = nil, true, true
-	if !sock.reading { // else who reads it will
+	if sock.users == 0 { // else the last of them will
 		s.closeLocked(sock)
 	}
 }
@@ -356,14 +435,14 @@ func (s *sockets) begin(serial uint64) *socket {
 		}
 		return nil
 	}
-	sock.reading = true
+	sock.users++
 	return sock
 }
 
 func (s *sockets) end(sock *socket) {
 	s.mu.Lock()
-	sock.reading = false
-	if sock.resting { // discarded meanwhile
+	sock.users--
+	if sock.users == 0 && sock.resting { // discarded meanwhile
 		s.closeLocked(sock)
 		s.mu.Unlock()
 		return

@@ -44,8 +44,11 @@ type Clock interface {
 // must not keep the slices and must not block.
 type Guest interface {
 	// WriteUDP sends a datagram, or with gso > 0 a run of datagrams of that
-	// size.
+	// size. Between Hold and Flush, which bracket what is handled at once, it
+	// may wait for others.
 	WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error
+	Hold()
+	Flush()
 	// SendEchoReply sends an echo reply with payload head+tail.
 	SendEchoReply(src, dst netip.Addr, ttl uint8, id, seq uint16, head, tail []byte) error
 	// SendICMPError reports what became of a packet of the guest.
@@ -189,7 +192,7 @@ func New(cfg Config) (*Forwarder, error) {
 	if f.poll, err = newPoller(); err != nil {
 		return nil, err
 	}
-	f.wake.poll = f.poll
+	f.poll.guest, f.wake.poll = cfg.Guest, f.poll
 	cfg.Link.NotifyHeld(f.wake.wake)
 	f.tcp.init(f)
 	f.udp.init(f)
@@ -321,8 +324,10 @@ func (f *Forwarder) makeReady(fl *tcpFlow) {
 // receive takes one batch off the link. The batch grows while the guest keeps
 // it full, so that a lone request costs no second read that finds nothing.
 func (f *Forwarder) receive() error {
+	f.guest.Hold()
 	n, err := f.cfg.Link.Receive(f.linkBatch)
 	f.udp.flush()
+	f.guest.Flush()
 	f.linkReady = false // level-triggered: the next wait says so again
 	if err != nil {
 		return err

@@ -41,6 +41,7 @@ func (f *Forwarder) Watch(fd int, ready func()) (stop func(), err error) {
 // poller maps epoll events to their owners. A slot's generation tells a late
 // event of a closed descriptor from one of its successor.
 type poller struct {
+	guest  Guest
 	fd     int
 	file   *os.File // the same, as the runtime's poller knows it
 	raw    syscall.RawConn
@@ -119,6 +120,10 @@ func (p *poller) wait() int {
 	if errno != 0 {
 		n = 0 // EINTR: the loop comes back
 	}
+	if n == 0 {
+		return 0
+	}
+	p.guest.Hold()
 	for i := range p.events[:n] {
 		ev := &p.events[i]
 		s := &p.slots[ev.Fd]
@@ -126,6 +131,7 @@ func (p *poller) wait() int {
 			s.p.ready(ev.Events)
 		}
 	}
+	p.guest.Flush()
 	return n
 }
 

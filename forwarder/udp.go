@@ -440,7 +440,6 @@ type udpReceive struct {
 	iovs [recvBatch]unix.Iovec
 	addr [recvBatch]rawAddr
 	ctl  [recvBatch][80]byte // pktinfo of IPv6, and the size of joined datagrams
-	run  run
 }
 
 const recvBatch = 32
@@ -497,57 +496,13 @@ func (fl *udpFlow) receive() {
 				t.f.stats.DeniedSource.Add(1)
 				continue
 			}
-			in.run.flush(fl)
 			fl.from, fl.seen = from, seen
 		}
 		fl.down += uint64(m.n)
 		t.f.stats.UDPBytesDown.Add(uint64(m.n))
-		in.run.add(fl, in.bufs[i][:m.n], groSize(in.ctl[i][:m.hdr.Controllen]))
+		t.f.guest.WriteUDP(fl.seen, fl.guest, groSize(in.ctl[i][:m.hdr.Controllen]), in.bufs[i][:m.n])
 	}
-	in.run.flush(fl)
 	fl.touch(fl.dns)
-}
-
-// run joins datagrams of one size and sender, which the guest's kernel takes as
-// one frame. A copy of a datagram costs a tenth of a frame of its own.
-type run struct {
-	buf  [maxRun]byte
-	used int
-	seg  int // size of each datagram but the last
-	segs int
-	done bool // the last one was shorter: no more may follow
-}
-
-// add puts a datagram for fl, or with gso > 0 several of that size, behind those
-// that wait, or sends them first.
-func (r *run) add(fl *udpFlow, b []byte, gso int) {
-	if gso > 0 || len(b) == 0 || len(b) > gatherBelow {
-		r.flush(fl)
-		fl.t.f.guest.WriteUDP(fl.seen, fl.guest, gso, b)
-		return
-	}
-	if r.segs > 0 && (r.done || len(b) > r.seg || r.segs == maxSegs || r.used+len(b) > len(r.buf)) {
-		r.flush(fl)
-	}
-	if r.segs == 0 {
-		r.seg = len(b)
-	}
-	r.done = len(b) < r.seg
-	r.used += copy(r.buf[r.used:], b)
-	r.segs++
-}
-
-// flush sends what waits.
-func (r *run) flush(fl *udpFlow) {
-	if r.segs == 0 {
-		return
-	}
-	gso := 0
-	if r.segs > 1 {
-		gso = r.seg
-	}
-	fl.t.f.guest.WriteUDP(fl.seen, fl.guest, gso, r.buf[:r.used])
-	r.used, r.segs, r.done = 0, 0, false
 }
 
 // groSize returns the size of the datagrams that the kernel has joined to one,

@@ -33,9 +33,10 @@ type udpSocket struct {
 
 // udpInFlow is one client of a published port.
 type udpInFlow struct {
-	// shadow has what a run needs to know to send to the guest.
-	shadow udpFlow
-	s      *udpSocket
+	s *udpSocket
+	// The guest's end, and the client as the guest sees it.
+	guest, seen netip.AddrPort
+
 	client rawAddr
 	addr   netip.AddrPort // the same
 	// local is where the client has sent to, which answers come from, as
@@ -105,9 +106,6 @@ func (s *udpSocket) ready(events uint32) {
 		m := &in.hdrs[i]
 		from := in.addr[i].get()
 		if fl == nil || fl.addr != from {
-			if fl != nil {
-				in.run.flush(&fl.shadow)
-			}
 			if fl = s.flow(from, &in.addr[i], m.hdr.Namelen); fl == nil {
 				f.stats.UDPDropped.Add(1)
 				continue
@@ -118,10 +116,7 @@ func (s *udpSocket) ready(events uint32) {
 		fl.touch()
 		fl.down += uint64(m.n)
 		f.stats.UDPBytesDown.Add(uint64(m.n))
-		in.run.add(&fl.shadow, in.bufs[i][:m.n], groSize(ctl))
-	}
-	if fl != nil {
-		in.run.flush(&fl.shadow)
+		f.guest.WriteUDP(fl.seen, fl.guest, groSize(ctl), in.bufs[i][:m.n])
 	}
 }
 
@@ -156,7 +151,7 @@ func (s *udpSocket) newFlow(client netip.AddrPort) *udpInFlow {
 	if !ok {
 		return nil
 	}
-	fl := &udpInFlow{s: s, addr: client, shadow: udpFlow{t: &t.f.udp, guest: guest, seen: seen}}
+	fl := &udpInFlow{s: s, addr: client, guest: guest, seen: seen}
 	fl.born = t.f.clock()
 	fl.last = fl.born
 	t.flows[udpInKey{guest, seen}] = fl
@@ -219,7 +214,7 @@ func (fl *udpInFlow) touch() {
 func (fl *udpInFlow) end() {
 	t := fl.s.t
 	t.idle.Remove(fl.age)
-	delete(t.flows, udpInKey{fl.shadow.guest, fl.shadow.seen})
+	delete(t.flows, udpInKey{fl.guest, fl.seen})
 	delete(fl.s.clients, fl.addr)
 	if fl.s.last == fl {
 		fl.s.last = nil

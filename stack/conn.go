@@ -115,24 +115,34 @@ type packetConn struct {
 	queue
 	s       *Stack
 	local   netip.AddrPort
-	handler atomic.Pointer[func([]byte, netip.AddrPort)]
+	handler atomic.Pointer[handler]
+	handed  bool   // it took some since the last Flush
 	joined  []byte // a datagram for handler that came in two pieces
 }
 
-// Handle has f called with every datagram from now on, where it is received,
-// and with those that wait to be read, maybe at the same time. ReadFrom finds
-// none then. f must not block, and must not keep the slice.
-func (c *packetConn) Handle(f func(b []byte, from netip.AddrPort)) {
-	c.handler.Store(&f)
-	c.drain(f)
+// handler takes datagrams where they are received.
+type handler struct {
+	take func(b []byte, from netip.AddrPort)
+	done func()
 }
 
-// drain hands f what waits to be read.
-func (c *packetConn) drain(f func(b []byte, from netip.AddrPort)) {
+// Handle has take called with every datagram from now on, where it is received,
+// and with those that wait to be read, maybe at the same time. ReadFrom finds
+// none then. After each, or after all those that came at once, done is called.
+// Neither may block, and take must not keep the slice.
+func (c *packetConn) Handle(take func(b []byte, from netip.AddrPort), done func()) {
+	h := &handler{take, done}
+	c.handler.Store(h)
+	c.drain(h)
+}
+
+// drain hands h what waits to be read.
+func (c *packetConn) drain(h *handler) {
 	for {
 		select {
 		case p := <-c.ch:
-			f(*p.buf, p.from)
+			h.take(*p.buf, p.from)
+			h.done()
 		default:
 			return
 		}
@@ -180,19 +190,26 @@ func (s *Stack) connFor(dst netip.AddrPort) *packetConn {
 }
 
 func (c *packetConn) deliver(from netip.AddrPort, head, tail []byte) {
-	if f := c.handler.Load(); f != nil {
+	if h := c.handler.Load(); h != nil {
 		if len(tail) > 0 {
 			c.joined = append(append(c.joined[:0], head...), tail...)
 			head = c.joined
 		}
-		(*f)(head, from)
+		h.take(head, from)
+		switch {
+		case !c.s.holding():
+			h.done()
+		case !c.handed:
+			c.handed = true
+			c.s.handed = append(c.s.handed, c)
+		}
 		return
 	}
 	if !c.put(from, head, tail) {
 		c.s.stats.QueueDropped.Add(1)
 	}
-	if f := c.handler.Load(); f != nil { // since a moment ago
-		c.drain(*f)
+	if h := c.handler.Load(); h != nil { // since a moment ago
+		c.drain(h)
 	}
 }
 

@@ -24,10 +24,8 @@ const defaultTTL = 64
 
 var errTooLong = errors.New("stack: send: datagram longer than an IP packet can be")
 
-// WriteUDP sends the datagram with payload head+tail from src to the guest at
-// dst. With gso > 0 the payload is a run of datagrams of that size, of which
-// only the last may be shorter. Datagrams beyond the link's MTU are fragmented.
-func (s *Stack) WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error {
+// writeUDP is WriteUDP without waiting for others.
+func (s *Stack) writeUDP(src, dst netip.AddrPort, gso int, payload []byte) error {
 	mtu := int(s.link.MTU())
 	ipLen, most := header.IPv4MinimumSize, maxDatagram
 	if dst.Addr().Is6() {
@@ -39,7 +37,7 @@ func (s *Stack) WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error
 		}
 		for len(payload) > 0 {
 			n := min(gso, len(payload))
-			if err := s.WriteUDP(src, dst, 0, payload[:n]); err != nil {
+			if err := s.writeUDP(src, dst, 0, payload[:n]); err != nil {
 				return err
 			}
 			payload = payload[n:]

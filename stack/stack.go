@@ -129,6 +129,8 @@ type Stack struct {
 	neigh   neighbors
 	icmpLim *rate.Limiter
 	ipID    atomic.Uint32
+	gather  gather
+	handed  []*packetConn // whose handlers took datagrams since the last Flush
 
 	mu    sync.Mutex // guards writes to the following
 	conns atomic.Pointer[map[netip.AddrPort]*packetConn]

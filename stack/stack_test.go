@@ -315,25 +315,37 @@ func TestPacketConn(t *testing.T) {
 		t.Errorf("%d dropped, want %d", d, 2*queueLen)
 	}
 	// What waits and what comes goes to the handler, long datagrams as well.
-	got := 0
+	got, done := 0, 0
 	c.(*packetConn).Handle(func(b []byte, from netip.AddrPort) {
 		if string(b) != "discover" && len(b) != 1000 || from.String() != "0.0.0.0:68" {
 			t.Fatalf("handler gets %d bytes from %v", len(b), from)
 		}
 		got++
-	})
-	if got != queueLen {
-		t.Errorf("%d datagrams waited, want %d", got, queueLen)
+	}, func() { done++ })
+	if got != queueLen || done != queueLen {
+		t.Errorf("%d datagrams waited, want %d; done %d times", got, queueLen, done)
 	}
 	long := bytes.Repeat([]byte("x"), 1000)
 	l.inject(vnet.Header{}, ipTo(broadcastMAC, netip.IPv4Unspecified(), broadcast4, 17, 64, udpPacket(port(netip.IPv4Unspecified(), 68), port(broadcast4, 67), long)))
 	l.inject(vnet.Header{}, discover)
-	if got != queueLen+2 {
-		t.Errorf("%d datagrams were handled, want %d", got, queueLen+2)
+	if got != queueLen+2 || done != got {
+		t.Errorf("%d datagrams were handled, want %d; done %d times", got, queueLen+2, done)
+	}
+	// Those that come at once end with one call.
+	s.Hold()
+	l.inject(vnet.Header{}, discover)
+	l.inject(vnet.Header{}, discover)
+	if got != queueLen+4 || done != queueLen+2 {
+		t.Errorf("while they come: %d datagrams, done %d times", got, done)
+	}
+	s.Flush()
+	s.Flush()
+	if done != queueLen+3 {
+		t.Errorf("after them done %d times, want %d", done, queueLen+3)
 	}
 	c.Close()
 	l.inject(vnet.Header{}, discover)
-	if got != queueLen+2 {
+	if got != queueLen+4 {
 		t.Error("a closed conn's handler was called")
 	}
 }
