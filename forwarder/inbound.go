@@ -64,8 +64,7 @@ type inboundTable struct {
 	paused   []*listener
 
 	flows map[*spliceFlow]struct{}
-	// connecting has the flows that the guest has not answered, and until when
-	// it may.
+	// connecting has the flows that the guest has not answered, and since when.
 	connecting map[*spliceFlow]time.Time
 	// draining and half are what they are of a tcpTable.
 	draining map[*spliceFlow]time.Time
@@ -84,6 +83,10 @@ type inboundPort struct {
 	sockets   []*udpSocket
 	// detour is until when clients go through netstack.
 	detour time.Time
+	// connecting is how many of its clients the guest has not answered, letIn
+	// when it last let one in that did not go through netstack.
+	connecting int
+	letIn      time.Time
 }
 
 // interior is an Inside in use.
@@ -97,8 +100,9 @@ type interior struct {
 	trimmed time.Time
 }
 
-// maxInsideDials bounds the sockets that are asked for of one Inside. Clients
-// beyond wait in the listeners' queues.
+// maxInsideDials bounds the sockets that are asked for of one Inside, and those of
+// one port that connect: a server that does not keep up has its queue full, and
+// drops what comes. Clients beyond wait in the listeners' queues.
 const maxInsideDials = 256
 
 // insideDial is a client that waits for its socket.
@@ -287,8 +291,12 @@ func (l *listener) ready(uint32) {
 	t.asked = t.asked[:0]
 }
 
-// busy reports whether too many of a port's clients wait for sockets inside.
+// busy reports whether too many of a port's clients wait for sockets inside, or
+// for the guest to answer those.
 func (t *inboundTable) busy(p *inboundPort) bool {
+	if p.connecting >= maxInsideDials {
+		return true
+	}
 	for _, a := range [...]netip.Addr{p.Guest4.Addr(), p.Guest6.Addr()} {
 		if in := t.insides[a]; in != nil && in.pending >= maxInsideDials {
 			return true
@@ -504,8 +512,9 @@ func (t *inboundTable) sweep() {
 		}
 	}
 	t.resume()
-	for fl, deadline := range t.connecting {
-		if t.f.now.After(deadline) {
+	for fl, since := range t.connecting {
+		waited := t.f.now.Sub(since)
+		if waited >= detourAfter && (waited >= crowdTime || !fl.port.lets(t.f.now)) {
 			fl.detour()
 		}
 	}

@@ -395,6 +395,77 @@ func TestInboundResetAtOnce(t *testing.T) {
 	}
 }
 
+// TestInboundCrowd: clients whom a server has no room for yet are not led another
+// way, where there is none either: they wait.
+func TestInboundCrowd(t *testing.T) {
+	// On a machine that stops for seconds they may wait too long, but not always.
+	var failed error
+	for range 5 {
+		if failed = crowd(t); failed == nil {
+			return
+		}
+	}
+	t.Error(failed)
+}
+
+func crowd(t *testing.T) error {
+	n := newNetwork(t, rigOptions{})
+	if err := n.fwd.UseInside(context.Background(), newLoopback(t), guest4); err != nil {
+		t.Fatal(err)
+	}
+	server, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(server, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(server, 1); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := unix.Getsockname(server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := publish(t, n, netip.AddrPortFrom(guest4, uint16(sa.(*unix.SockaddrInet4).Port)))
+	const clients = 8
+	results := make(chan error, clients)
+	for range clients {
+		go func() {
+			c, err := net.Dial("tcp", addr)
+			if err == nil {
+				defer c.Close()
+				// With its queue full a kernel may forget whom it has answered
+				// (SYN cookies), until that sends something.
+				c.SetDeadline(time.Now().Add(30 * time.Second))
+				c.Write([]byte("x"))
+				_, err = io.ReadFull(c, make([]byte, 5))
+			}
+			results <- err
+		}()
+	}
+	time.Sleep(600 * time.Millisecond) // longer than a detour is off
+	go func() {
+		for {
+			fd, _, err := unix.Accept4(server, unix.SOCK_CLOEXEC)
+			if err != nil {
+				return
+			}
+			unix.Read(fd, make([]byte, 1))
+			unix.Write(fd, []byte("hello"))
+			unix.Close(fd)
+		}
+	}()
+	defer unix.Close(server)
+	defer unix.Shutdown(server, unix.SHUT_RDWR)
+	for range clients {
+		if e := <-results; e != nil {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
+}
+
 func resetConn(c net.Conn) {
 	if c, ok := c.(*net.TCPConn); ok {
 		c.SetLinger(0)

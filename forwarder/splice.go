@@ -57,7 +57,8 @@ func (t *inboundTable) join(d insideDial, fd int) {
 	fl.down = stream{src: &fl.host.spliceEnd, dst: &fl.guest, open: true, carry: d.preface}
 	fl.up = stream{src: &fl.guest, dst: &fl.host.spliceEnd, open: true}
 	t.flows[fl] = struct{}{}
-	t.connecting[fl] = t.f.now.Add(detourAfter)
+	t.connecting[fl] = t.f.now
+	fl.port.connecting++
 	t.f.sweepIn(detourAfter)
 	t.f.stats.TCPActive.Add(1)
 	t.f.stats.TCPTotal.Add(1)
@@ -107,9 +108,26 @@ func (fl *spliceFlow) connected(e *spliceEnd, events uint32) bool {
 		return false
 	}
 	fl.connecting = false
-	delete(fl.t.connecting, fl)
+	fl.port.letIn = fl.t.f.now
+	fl.t.settle(fl)
 	return true
 }
+
+// settle takes a flow out of those that the guest has not answered.
+func (t *inboundTable) settle(fl *spliceFlow) {
+	if _, ok := t.connecting[fl]; !ok {
+		return
+	}
+	delete(t.connecting, fl)
+	if fl.port.connecting--; fl.port.connecting == maxInsideDials/2 && len(t.paused) > 0 {
+		t.resume()
+	}
+}
+
+// lets reports whether the guest has let a port's clients in just now. Those whom
+// it does not answer then have found its queue full, and their sockets ask again
+// by themselves: another way would find no more room.
+func (p *inboundPort) lets(now time.Time) bool { return now.Sub(p.letIn) < crowdTime }
 
 // letIn reports whether the error of a socket that connects is one of after it
 // was let in: its peer may have sent something, and shall not be asked again.
@@ -119,6 +137,9 @@ const (
 	// detourAfter is how long the guest may take to answer a socket in its own
 	// namespace: no wire is between the two.
 	detourAfter = 250 * time.Millisecond
+	// crowdTime is how long instead, where it answers others: its kernel drops
+	// the SYNs that it has no room for, and ours sends them again after 1 and 3 s.
+	crowdTime = 5 * time.Second
 	// detourFor is how long a port's clients are then led another way.
 	detourFor = time.Minute
 )
@@ -136,7 +157,11 @@ func (fl *spliceFlow) detour() {
 	fl.host.slot, fl.host.fd = -1, -1
 	fl.finish()
 	t.f.stats.TCPTotal.Add(^uint64(0)) // it is counted anew
-	t.f.tcp.dialGuest(c, t.routed(from), fl.port)
+	better := fl.port
+	if !fl.guest.failed && better.lets(t.f.now) {
+		better = nil // it is but crowded
+	}
+	t.f.tcp.dialGuest(c, t.routed(from), better)
 }
 
 func (fl *spliceFlow) makeReady() {
@@ -389,7 +414,7 @@ func (fl *spliceFlow) finish() {
 		}
 	}
 	delete(t.flows, fl)
-	delete(t.connecting, fl)
+	t.settle(fl)
 	delete(t.draining, fl)
 	delete(t.half, fl)
 	t.f.stats.TCPActive.Add(-1)
