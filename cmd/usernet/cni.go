@@ -78,27 +78,48 @@ func cniErrorf(code uint, format string, args ...any) *types.Error {
 	return types.NewError(code, fmt.Sprintf(format, args...), "")
 }
 
+// cniHold is a container's attachment while nobody else works on it.
+type cniHold struct {
+	conf       *cniConf
+	ns         *netns.Namespace
+	store      *cniStore
+	attachment cniAttachment
+	release    func()
+}
+
+// holdCNI reads what a runtime asks for, and waits until the attachment is free.
+func holdCNI(ctx context.Context, args *skel.CmdArgs) (h *cniHold, err error) {
+	h = &cniHold{attachment: cniAttachment{ContainerID: args.ContainerID, Ifname: args.IfName}}
+	if h.conf, err = parseCNI(args); err != nil {
+		return nil, err
+	}
+	h.attachment.Network = h.conf.Name
+	if h.ns, err = cniNamespace(args); err != nil {
+		return nil, err
+	}
+	unlock := func() {}
+	if h.store, err = openCNIStore(); err == nil {
+		unlock, err = h.store.lock(ctx, h.attachment)
+	}
+	if err != nil {
+		h.ns.Close()
+		return nil, err
+	}
+	h.release = func() {
+		unlock()
+		h.ns.Close()
+	}
+	return h, nil
+}
+
 // cniAdd gives a container an interface, and starts who serves it.
 func cniAdd(ctx context.Context, args *skel.CmdArgs) error {
-	conf, err := parseCNI(args)
+	h, err := holdCNI(ctx, args)
 	if err != nil {
 		return err
 	}
-	ns, err := cniNamespace(args)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	store, err := openCNIStore()
-	if err != nil {
-		return err
-	}
-	a := cniAttachment{Network: conf.Name, ContainerID: args.ContainerID, Ifname: args.IfName}
-	unlock, err := store.lock(ctx, a)
-	if err != nil {
-		return err
-	}
-	defer unlock()
+	defer h.release()
+	conf, ns, store, a := h.conf, h.ns, h.store, h.attachment
 	if old := store.load(a); old != nil && old.alive() {
 		return cniErrorf(cniAttached, "attach container %s: process %d serves its %s in network %s already: DEL it first", args.ContainerID, old.PID, args.IfName, conf.Name)
 	}
@@ -249,28 +270,15 @@ func cniGC(ctx context.Context, args *skel.CmdArgs) error {
 
 // cniCheck finds out whether a container still has what it was given.
 func cniCheck(ctx context.Context, args *skel.CmdArgs) error {
-	conf, err := parseCNI(args)
+	h, err := holdCNI(ctx, args)
 	if err != nil {
 		return err
 	}
+	defer h.release()
+	conf, ns, store, a := h.conf, h.ns, h.store, h.attachment
 	if conf.prev == nil {
 		return cniErrorf(types.ErrInvalidNetworkConfig, "check container %s: there is no prevResult to compare with", args.ContainerID)
 	}
-	ns, err := cniNamespace(args)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	store, err := openCNIStore()
-	if err != nil {
-		return err
-	}
-	a := cniAttachment{Network: conf.Name, ContainerID: args.ContainerID, Ifname: args.IfName}
-	unlock, err := store.lock(ctx, a)
-	if err != nil {
-		return err
-	}
-	defer unlock()
 	bad := func(format string, values ...any) error {
 		return cniErrorf(cniChanged, "check "+args.IfName+" of container "+args.ContainerID+": "+format, values...)
 	}
