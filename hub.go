@@ -26,6 +26,7 @@ import (
 	"github.com/usernet/usernet/forwarder"
 	"github.com/usernet/usernet/internal/agent"
 	"github.com/usernet/usernet/internal/hub"
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // hubSettings are what the members of a network have in common.
@@ -438,7 +439,7 @@ func (h *hubServer) serve(c *hub.Conn, pid int) {
 		if q.Op == opJoin {
 			tried = true
 			if m != nil {
-				hub.CloseFDs(fds)
+				rights.Close(fds)
 				err = errors.New("it is a member already")
 			} else {
 				m, body, err = h.join(c, pid, q.Join, fds)
@@ -476,11 +477,11 @@ func replyOf(id uint64, err error) hubReply {
 // capture writes the network's frames to a pipe.
 func (h *hubServer) capture(ctx context.Context, q *hubRequest, fds []int) error {
 	if len(fds) != 1 || q.Capture == nil {
-		hub.CloseFDs(fds)
+		rights.Close(fds)
 		return errors.New("the request is incomplete")
 	}
 	if err := unix.SetNonblock(fds[0], true); err != nil {
-		hub.CloseFDs(fds)
+		rights.Close(fds)
 		return err
 	}
 	to := os.NewFile(uintptr(fds[0]), "capture")
@@ -501,7 +502,7 @@ func (h *hubServer) capture(ctx context.Context, q *hubRequest, fds []int) error
 func (h *hubServer) join(c *hub.Conn, pid int, q *joinRequest, fds []int) (m *member, r *joinReply, err error) {
 	defer func() {
 		if err != nil {
-			hub.CloseFDs(fds)
+			rights.Close(fds)
 		}
 	}()
 	if q == nil || len(fds) != 1 || len(q.MAC) != 6 {
@@ -836,7 +837,7 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 	handed := false
 	defer func() {
 		if !handed {
-			hub.CloseFDs(fds)
+			rights.Close(fds)
 		}
 	}()
 	h.mu.Lock()

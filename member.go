@@ -19,6 +19,7 @@ import (
 	"github.com/usernet/usernet/forwarder"
 	"github.com/usernet/usernet/internal/agent"
 	"github.com/usernet/usernet/internal/hub"
+	"github.com/usernet/usernet/internal/rights"
 	"github.com/usernet/usernet/tap"
 )
 
@@ -293,7 +294,7 @@ func (m *membership) publish(ctx context.Context, f Forward, in forwarder.Inboun
 	m.last++
 	o := opened{m.last, f, in}
 	if err := m.tellOpened(ctx, o); err != nil {
-		hub.CloseFDs(in.FDs)
+		rights.Close(in.FDs)
 		return 0, err
 	}
 	m.opened = append(m.opened, o)
@@ -308,7 +309,7 @@ func (m *membership) unpublish(ctx context.Context, number uint64) error {
 	if i < 0 {
 		return ErrNoForward
 	}
-	hub.CloseFDs(m.opened[i].in.FDs)
+	rights.Close(m.opened[i].in.FDs)
 	m.opened = slices.Delete(m.opened, i, i+1)
 	return m.hub.ask(ctx, hubRequest{Op: opUnpublish, Number: number}, nil)
 }
@@ -358,7 +359,7 @@ func (m *membership) close() {
 		m.hub.conn.Close()
 	}
 	for _, o := range m.opened {
-		hub.CloseFDs(o.in.FDs)
+		rights.Close(o.in.FDs)
 	}
 	m.opened = nil
 	if m.inside != nil {
@@ -410,7 +411,7 @@ func (c *hubClient) listen() {
 	for {
 		var r hubReply
 		fds, err := c.conn.Receive(&r)
-		hub.CloseFDs(fds)
+		rights.Close(fds)
 		if err != nil {
 			break
 		}
@@ -543,7 +544,7 @@ func captureShared(ctx context.Context, p hub.Place, w io.Writer, o CaptureOptio
 	}
 	var r hubReply
 	fds, err := conn.Receive(&r)
-	hub.CloseFDs(fds)
+	rights.Close(fds)
 	switch {
 	case ctx.Err() != nil, errors.Is(err, io.EOF):
 		return nil

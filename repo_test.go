@@ -54,7 +54,7 @@ func listPackages(t *testing.T) []listed {
 type graph map[string][]string
 
 var allowed = graph{
-	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/capture", "internal/hub", "internal/memory", "internal/netns", "internal/sandbox", "internal/worker"},
+	".":                   {"tap", "stack", "forwarder", "dhcp", "dns", "internal/agent", "internal/capture", "internal/hub", "internal/memory", "internal/netns", "internal/rights", "internal/sandbox", "internal/worker"},
 	"tap":                 {"internal/capture", "internal/netns", "internal/vnet"},
 	"stack":               {"internal/vnet"},
 	"forwarder":           {"internal/congestion", "internal/vnet"},
@@ -63,16 +63,17 @@ var allowed = graph{
 	"cmd/usernet":         {".", "internal/*"},
 	"bench":               {".", "tap", "stack", "forwarder", "dhcp", "dns", "internal/*"},
 	"bench/compare":       {".", "tap", "stack", "forwarder", "dhcp", "dns", "bench", "internal/*"},
-	"internal/agent":      {"tap", "internal/congestion", "internal/memory", "internal/netns"},
+	"internal/agent":      {"tap", "internal/congestion", "internal/memory", "internal/netns", "internal/rights"},
 	"internal/capture":    {},
 	"internal/congestion": {},
-	"internal/hub":        {},
+	"internal/hub":        {"internal/rights"},
 	"internal/netns":      {},
+	"internal/rights":     {},
 	"internal/vnet":       {},
 	"internal/control":    {".", "internal/capture"},
 	"internal/memory":     {},
 	"internal/sandbox":    {},
-	"internal/worker":     {},
+	"internal/worker":     {"internal/rights"},
 	"internal/rig":        {},
 	"internal/e2e":        {},
 }

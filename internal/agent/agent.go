@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/usernet/usernet/internal/netns"
+	"github.com/usernet/usernet/internal/rights"
 )
 
 const (
@@ -157,7 +158,7 @@ func (a *Agent) hello(ctx context.Context) error {
 		return err
 	}
 	r, fds, err := a.receive()
-	closeFDs(fds)
+	rights.Close(fds)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -184,7 +185,7 @@ func (a *Agent) Done() <-chan struct{} { return a.done }
 func (a *Agent) OpenLink(spec LinkSpec) (Link, error) {
 	r, fds, err := a.call(&request{Op: opLink, Link: &spec})
 	if err == nil && (r.Link == nil || len(fds) != 1) {
-		closeFDs(fds)
+		rights.Close(fds)
 		err = errors.New("the answer has no link")
 	}
 	if err != nil {
@@ -209,7 +210,7 @@ func (a *Agent) SetUp() (Status, error) {
 
 func (a *Agent) status(verb string, q *request) (Status, error) {
 	r, fds, err := a.call(q)
-	closeFDs(fds)
+	rights.Close(fds)
 	if err == nil && r.Status == nil {
 		err = errors.New("the answer has no status")
 	}
@@ -223,7 +224,7 @@ func (a *Agent) status(verb string, q *request) (Status, error) {
 // none of the name, errors.Is(err, syscall.ENODEV).
 func (a *Agent) Look(name string) (View, error) {
 	r, fds, err := a.call(&request{Op: opLook, Name: name})
-	closeFDs(fds)
+	rights.Close(fds)
 	if err == nil && r.View == nil {
 		err = errors.New("the answer has no view")
 	}
@@ -237,7 +238,7 @@ func (a *Agent) Look(name string) (View, error) {
 // Without IPv6 in the namespace it does nothing.
 func (a *Agent) SetDefaultRoute6(on bool) error {
 	_, fds, err := a.call(&request{Op: opRoute6, On: on})
-	closeFDs(fds)
+	rights.Close(fds)
 	if err != nil {
 		return fmt.Errorf("agent: set IPv6 default route: %w", err)
 	}
@@ -257,7 +258,7 @@ func (a *Agent) CleanupOnDeath(paths []string) error {
 		}
 	}
 	r, fds, err := a.call(&request{Op: opCleanup, Paths: absolute})
-	closeFDs(fds)
+	rights.Close(fds)
 	if err == nil && len(r.Paths) > 0 {
 		err = a.clean(r.Paths)
 	}
@@ -271,7 +272,7 @@ func (a *Agent) CleanupOnDeath(paths []string) error {
 func (a *Agent) Close() error {
 	a.closing.Do(func() {
 		_, fds, _ := a.callWithin(closeTimeout, &request{Op: opBye})
-		closeFDs(fds)
+		rights.Close(fds)
 		a.mu.Lock()
 		a.conn.Close()
 		a.mu.Unlock()
@@ -313,7 +314,7 @@ func (a *Agent) callWithin(limit time.Duration, q *request) (*reply, []int, erro
 		return nil, nil, err
 	}
 	if err := r.err(); err != nil {
-		closeFDs(fds)
+		rights.Close(fds)
 		return nil, nil, err
 	}
 	return r, fds, nil
@@ -327,13 +328,13 @@ func (a *Agent) receive() (*reply, []int, error) {
 	if err != nil {
 		return nil, nil, ended(err)
 	}
-	fds, err := parseFDs(control[:controlN])
+	fds, err := rights.Decode(control[:controlN])
 	if err != nil {
 		return nil, nil, fmt.Errorf("read descriptors: %w", err)
 	}
 	r := new(reply)
 	if err := decode(a.buf[:n], flags, r); err != nil {
-		closeFDs(fds)
+		rights.Close(fds)
 		return nil, nil, fmt.Errorf("read answer: %w", err)
 	}
 	return r, fds, nil

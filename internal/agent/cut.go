@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // CutOff resets the namespace's TCP connections that go by the opened link, and
@@ -17,7 +19,7 @@ import (
 // (CONFIG_INET_DIAG_DESTROY).
 func (a *Agent) CutOff() (int, error) {
 	r, fds, err := a.call(&request{Op: opCutOff})
-	closeFDs(fds)
+	rights.Close(fds)
 	if err != nil {
 		return 0, fmt.Errorf("agent: cut off connections: %w", err)
 	}

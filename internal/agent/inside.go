@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/usernet/usernet/internal/congestion"
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // Sockets that speak for a client outside. Such a socket is bound to the
@@ -68,7 +69,7 @@ func (in *inside) open(n *network) (*Inside, int, error) {
 		return nil, -1, err
 	}
 	if err := unix.SetNonblock(pair[1], true); err != nil {
-		closeFDs(pair[:])
+		rights.Close(pair[:])
 		return nil, -1, err
 	}
 	in.fd = pair[0]
@@ -197,7 +198,7 @@ func (in *inside) serve() {
 		}
 		err = sendTo(in.fd, out, nil)
 	}
-	closeFDs(fds)
+	rights.Close(fds)
 	if err != nil {
 		in.hangUp()
 	}
@@ -217,7 +218,7 @@ func (in *inside) serveSpares(request []byte) {
 	if err != nil && len(fds) > 0 {
 		err = sendTo(in.fd, request, nil) // too many are under way
 	}
-	closeFDs(fds)
+	rights.Close(fds)
 	if err != nil {
 		in.hangUp()
 	}

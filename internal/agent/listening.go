@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // Listening is what servers in the namespace wait on.
@@ -39,7 +41,7 @@ const maxPorts = maxMessage / 100
 // sockets that are bound to a port and to no peer.
 func (a *Agent) Listening(addrs ...netip.Addr) (Listening, error) {
 	r, fds, err := a.call(&request{Op: opListening, Addrs: addrs})
-	closeFDs(fds)
+	rights.Close(fds)
 	if err == nil && r.Listening == nil {
 		err = errors.New("the answer has no ports")
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/usernet/usernet/internal/memory"
 	"github.com/usernet/usernet/internal/netns"
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // Names that this binary gives itself, as argv[0].
@@ -160,7 +161,7 @@ func (s *server) serve() error {
 		used = q.Op != opListening // that comes again and again, and takes little
 		answer, fds := s.answer(&q)
 		err = send(socketFD, answer, fds)
-		closeFDs(fds)
+		rights.Close(fds)
 		if q.Op == opBye {
 			return nil
 		}

@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // One request and its reply are one packet each on a SOCK_SEQPACKET socket, as
@@ -159,12 +161,9 @@ func send(fd int, message any, fds []int) error {
 
 // sendTo writes b and descriptors in a single packet.
 func sendTo(fd int, b []byte, fds []int) error {
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
+	control := rights.Encode(fds)
 	for {
-		err := unix.Sendmsg(fd, b, rights, nil, unix.MSG_NOSIGNAL)
+		err := unix.Sendmsg(fd, b, control, nil, unix.MSG_NOSIGNAL)
 		if !errors.Is(err, unix.EINTR) {
 			return err
 		}
@@ -177,31 +176,4 @@ func decode(b []byte, flags int, message any) error {
 		return errors.New("message too long")
 	}
 	return json.Unmarshal(b, message)
-}
-
-// parseFDs takes the descriptors out of a control message.
-func parseFDs(control []byte) ([]int, error) {
-	messages, err := unix.ParseSocketControlMessage(control)
-	if err != nil {
-		return nil, err
-	}
-	var fds []int
-	for i := range messages {
-		if messages[i].Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		more, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			closeFDs(fds)
-			return nil, err
-		}
-		fds = append(fds, more...)
-	}
-	return fds, nil
-}
-
-func closeFDs(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }

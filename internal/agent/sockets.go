@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // Sockets are asked for on a socket pair of their own, in packets of up to
@@ -63,7 +65,7 @@ type spares struct {
 func (a *Agent) Sockets() (*Sockets, error) {
 	r, fds, err := a.call(&request{Op: opSockets})
 	if err == nil && (r.Inside == nil || len(fds) != 1) {
-		closeFDs(fds)
+		rights.Close(fds)
 		err = errors.New("the answer has no socket")
 	}
 	if err != nil {
@@ -118,7 +120,7 @@ func (s *Sockets) Trim() {
 	for i := range s.spares {
 		p := &s.spares[i]
 		if !p.used {
-			closeFDs(p.fds)
+			rights.Close(p.fds)
 			p.fds, p.missed = nil, 0
 		}
 		p.used = false
@@ -132,7 +134,7 @@ func (s *Sockets) takeSpares(family uint32, fds []int) {
 		p = &s.spares[1]
 	}
 	if !p.asked {
-		closeFDs(fds)
+		rights.Close(fds)
 		return
 	}
 	if p.asked = false; len(fds) == 0 {
@@ -188,7 +190,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 		case err != nil:
 			return fmt.Errorf("agent: receive sockets: %w", ended(err))
 		}
-		fds, err := parseFDs(s.control[:controlN])
+		fds, err := rights.Decode(s.control[:controlN])
 		switch {
 		case err != nil:
 		case n == 0:
@@ -200,7 +202,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 			err = errors.New("bad answer")
 		}
 		if err != nil {
-			closeFDs(fds)
+			rights.Close(fds)
 			return fmt.Errorf("agent: receive sockets: %w", err)
 		}
 		for b := s.in[:n]; len(b) > 0; b = b[answerSize:] {
@@ -216,7 +218,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 			}
 			got(id, fd, errno)
 		}
-		closeFDs(fds)
+		rights.Close(fds)
 		return nil
 	}
 }
@@ -224,7 +226,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 // Close gives the sockets up. Those that were handed over stay.
 func (s *Sockets) Close() {
 	for i := range s.spares {
-		closeFDs(s.spares[i].fds)
+		rights.Close(s.spares[i].fds)
 		s.spares[i] = spares{}
 	}
 	unix.Close(s.fd)

@@ -610,6 +610,46 @@ func TestNetworkWorkerEnds(t *testing.T) {
 	s.wantGone(t)
 }
 
+// TestNetworkVeth: members whose interface is one end of a veth pair share a network
+// as those with a TAP do.
+func TestNetworkVeth(t *testing.T) {
+	rig.NeedTools(t, "dig", "ping")
+	s := newShared(t)
+	a := s.join(t, "blue", "web", "--link=veth", "-p", fmt.Sprintf("8081:%d", rig.Services.Whoami))
+	b := s.join(t, "blue", "db", "--link=veth")
+	a.guest.ServeOn(t, false)
+	for _, when := range []string{"at first", "after the worker's death"} {
+		for _, six := range []bool{false, true} {
+			b.guest.Must(t, "ping", "-c1", "-W5", a.addr(t, six).String())
+			talk := rig.Talk{
+				Addr:   at(a.addr(t, six), rig.Services.Talk),
+				Client: []rig.Step{rig.Send(3<<20, 1), rig.CloseWrite(), rig.Receive()},
+				Server: []rig.Step{rig.Receive(), rig.Send(3<<20, 2), rig.CloseWrite()},
+			}
+			r, err := talk.Do(b.guest, a.guest, 20*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantSame(t, when, r[0], 3<<20, 3<<20)
+			if r := rig.Dial.On(t, b.guest, rig.DialRequest{Network: "tcp", Addr: web(six, rig.Services.Echo)}); r.String() != "connected" {
+				t.Errorf("%s, to the outside: %v", when, r)
+			}
+		}
+		if got, text := dig(t, b.guest, b.dns(t), "web"); strings.Join(got, " ") != a.addr(t, false).String() {
+			t.Errorf("%s: web is %q:\n%s", when, got, text)
+		}
+		if r := rig.Dial.On(t, s.Internet, rig.DialRequest{Network: "tcp", Addr: host(false, 8081)}); r.Errno != 0 {
+			t.Errorf("%s, published: %v", when, r)
+		}
+		if when == "at first" {
+			s.killWorker(t, "blue")
+		}
+	}
+	a.Signal(syscall.SIGTERM)
+	b.Signal(syscall.SIGTERM)
+	s.wantGone(t)
+}
+
 // TestNetworkWorkerSealed: the process that faces the guests of a network has no
 // rights, and members can tell.
 func TestNetworkWorkerSealed(t *testing.T) {
@@ -808,6 +848,20 @@ func TestNetworkChurn(t *testing.T) {
 		return got[0], got[1]
 	}
 	fds, threads := usage()
+	worker := func() (files, goroutines int) {
+		var stats struct {
+			Process struct {
+				Files      int `json:"files_now"`
+				Goroutines int `json:"goroutines_now"`
+			}
+		}
+		p := s.usernet(t, "stats", "--json")
+		if err := json.Unmarshal([]byte(p.stdout), &stats); err != nil {
+			t.Fatalf("%v: %+v", err, p)
+		}
+		return stats.Process.Files, stats.Process.Goroutines
+	}
+	files, goroutines := worker()
 	members := make([]*rig.Attach, count)
 	joins := 0
 	for end := time.Now().Add(limit); time.Now().Before(end); {
@@ -845,6 +899,12 @@ func TestNetworkChurn(t *testing.T) {
 		now, _ := usage()
 		return now <= fds+2
 	})
+	within(t, 10*time.Second, "what the worker held is given back", func() bool {
+		f, g := worker()
+		return f <= files+2 && g <= goroutines+5
+	})
+	nowFiles, nowGoroutines := worker()
+	t.Logf("the worker's descriptors %d, then %d; goroutines %d, then %d", files, nowFiles, goroutines, nowGoroutines)
 	now, nowThreads := usage()
 	t.Logf("%d joined; descriptors %d, then %d; threads %d, then %d", joins, fds, now, threads, nowThreads)
 }

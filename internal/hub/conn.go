@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // A message is JSON, cut into packets on a SOCK_SEQPACKET socket. The first byte
@@ -37,7 +39,7 @@ type Conn struct {
 }
 
 func newConn(c *net.UnixConn) *Conn {
-	return &Conn{c: c, buf: make([]byte, maxPacket), oob: make([]byte, unix.CmsgSpace(4*maxFDs))}
+	return &Conn{c: c, buf: make([]byte, maxPacket), oob: make([]byte, rights.Space(maxFDs))}
 }
 
 // Send sends one message, and copies of fds beside it.
@@ -46,10 +48,7 @@ func (c *Conn) Send(message any, fds ...int) error {
 	if err != nil {
 		return err
 	}
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
+	control := rights.Encode(fds)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.c.SetWriteDeadline(time.Now().Add(sendTime)); err != nil {
@@ -63,11 +62,11 @@ func (c *Conn) Send(message any, fds ...int) error {
 			packet[0] = more
 		}
 		packet = append(packet, b[:n]...)
-		if _, _, err := c.c.WriteMsgUnix(packet, rights, nil); err != nil {
+		if _, _, err := c.c.WriteMsgUnix(packet, control, nil); err != nil {
 			c.c.Close() // half a message is none
 			return fmt.Errorf("hub: send: %w", err)
 		}
-		b, rights = b[n:], nil
+		b, control = b[n:], nil
 	}
 	return nil
 }
@@ -77,7 +76,7 @@ func (c *Conn) Send(message any, fds ...int) error {
 func (c *Conn) Receive(message any) (fds []int, err error) {
 	defer func() {
 		if err != nil {
-			CloseFDs(fds)
+			rights.Close(fds)
 			fds = nil
 		}
 	}()
@@ -90,7 +89,7 @@ func (c *Conn) Receive(message any) (fds []int, err error) {
 		case err != nil:
 			return fds, err
 		}
-		got, err := parseFDs(c.oob[:oobN])
+		got, err := rights.Decode(c.oob[:oobN])
 		fds = append(fds, got...)
 		switch {
 		case err != nil:
@@ -104,31 +103,6 @@ func (c *Conn) Receive(message any) (fds []int, err error) {
 		if c.buf[0] == last {
 			return fds, json.Unmarshal(all, message)
 		}
-	}
-}
-
-func parseFDs(oob []byte) (fds []int, err error) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, err
-	}
-	for i := range messages {
-		if messages[i].Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		got, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			return fds, err
-		}
-		fds = append(fds, got...)
-	}
-	return fds, nil
-}
-
-// CloseFDs closes descriptors.
-func CloseFDs(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // pair returns the two ends of a connection.
@@ -43,7 +45,7 @@ func TestConn(t *testing.T) {
 		if err != nil || got != sent || len(fds) != 2 {
 			t.Errorf("%d bytes: %d came, %d descriptors, %v", n, len(got), len(fds), err)
 		}
-		CloseFDs(fds)
+		rights.Close(fds)
 	}
 	// What is no message ends with an error, not with half of one.
 	a.c.Write([]byte{last, '{'})

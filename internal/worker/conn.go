@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // A message goes over a SOCK_SEQPACKET socket in packets of a header and up to
@@ -149,7 +151,7 @@ func (c *Conn) Call(ctx context.Context, op string, in, out any, fds ...int) ([]
 		c.mu.Unlock()
 		select {
 		case a := <-got:
-			closeFDs(a.fds)
+			rights.Close(a.fds)
 		default:
 		}
 	}
@@ -174,7 +176,7 @@ func (c *Conn) take(op string, a answer, ok bool, out any) ([]int, error) {
 		return nil, ErrEnded
 	}
 	if a.failed {
-		closeFDs(a.fds)
+		rights.Close(a.fds)
 		e := new(Error)
 		if err := json.Unmarshal(a.body, e); err != nil {
 			return nil, fmt.Errorf("worker: read answer to %s: %w", op, err)
@@ -183,7 +185,7 @@ func (c *Conn) take(op string, a answer, ok bool, out any) ([]int, error) {
 	}
 	if out != nil {
 		if err := json.Unmarshal(a.body, out); err != nil {
-			closeFDs(a.fds)
+			rights.Close(a.fds)
 			return nil, fmt.Errorf("worker: read answer to %s: %w", op, err)
 		}
 	}
@@ -202,10 +204,7 @@ func (c *Conn) send(kind byte, id uint32, prefix []byte, body any, fds []int) er
 		return fmt.Errorf("worker: write message: %w", err)
 	}
 	b = append(prefix, b...)
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
+	control := rights.Encode(fds)
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()
 	if c.timeout > 0 {
@@ -223,7 +222,7 @@ func (c *Conn) send(kind byte, id uint32, prefix []byte, body any, fds []int) er
 		c.out = binary.NativeEndian.AppendUint32(c.out, id)
 		c.out = append(c.out, b[:n]...)
 		b = b[n:]
-		if _, _, err := c.conn.WriteMsgUnix(c.out, rights, nil); err != nil {
+		if _, _, err := c.conn.WriteMsgUnix(c.out, control, nil); err != nil {
 			if !first {
 				c.conn.Close() // the rest would be taken for something else
 			}
@@ -232,7 +231,7 @@ func (c *Conn) send(kind byte, id uint32, prefix []byte, body any, fds []int) er
 			}
 			return ErrEnded
 		}
-		rights = nil
+		control = nil
 	}
 	if cap(c.out) > 4096 {
 		c.out = nil // long messages are rare
@@ -266,13 +265,13 @@ func (c *Conn) serve(h Handler) error {
 		n, controlN, flags, _, err := c.conn.ReadMsgUnix(buf, control)
 		switch {
 		case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, net.ErrClosed):
-			closeFDs(m.fds)
+			rights.Close(m.fds)
 			return nil
 		case err != nil:
-			closeFDs(m.fds)
+			rights.Close(m.fds)
 			return fmt.Errorf("worker: receive: %w", err)
 		}
-		fds, err := parseFDs(control[:controlN])
+		fds, err := rights.Decode(control[:controlN])
 		if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
 			err = errors.New("a packet is too long")
 		}
@@ -280,9 +279,9 @@ func (c *Conn) serve(h Handler) error {
 			err = m.add(buf[:n], fds, open, c.longest)
 		}
 		if err != nil {
-			closeFDs(fds)
+			rights.Close(fds)
 			if open {
-				closeFDs(m.fds)
+				rights.Close(m.fds)
 			}
 			return fmt.Errorf("worker: receive: %w", err)
 		}
@@ -330,7 +329,7 @@ func (m *message) add(b []byte, fds []int, open bool, longest int) error {
 
 func (c *Conn) dispatch(m *message, h Handler) error {
 	if len(m.body) == 0 {
-		closeFDs(m.fds)
+		rights.Close(m.fds)
 		return errors.New("a message is empty")
 	}
 	n, rest := int(m.body[0]), m.body[1:]
@@ -340,21 +339,21 @@ func (c *Conn) dispatch(m *message, h Handler) error {
 		delete(c.calls, m.id)
 		c.mu.Unlock()
 		if !ok {
-			closeFDs(m.fds) // nobody waits any more
+			rights.Close(m.fds) // nobody waits any more
 			return nil
 		}
 		got <- answer{n != 0, rest, m.fds}
 		return nil
 	}
 	if n > len(rest) || m.kind != kindRequest && m.kind != kindNote {
-		closeFDs(m.fds)
+		rights.Close(m.fds)
 		return errors.New("a message makes no sense")
 	}
 	r := &Request{Op: string(rest[:n]), body: rest[n:], fds: m.fds}
 	if m.kind == kindNote {
 		_, fds, _ := h(r)
-		closeFDs(fds)
-		closeFDs(r.fds)
+		rights.Close(fds)
+		rights.Close(r.fds)
 		return nil
 	}
 	id := m.id
@@ -362,14 +361,14 @@ func (c *Conn) dispatch(m *message, h Handler) error {
 	go func() {
 		defer func() { <-c.slots }()
 		body, fds, err := h(r)
-		closeFDs(r.fds)
+		rights.Close(r.fds)
 		failed := byte(0)
 		if err != nil {
-			closeFDs(fds)
+			rights.Close(fds)
 			failed, fds, body = 1, nil, errorOf(err)
 		}
 		_ = c.send(kindReply, id, []byte{failed}, body, fds) // else there is nobody to tell
-		closeFDs(fds)
+		rights.Close(fds)
 	}()
 	return nil
 }
@@ -383,31 +382,4 @@ func errorOf(err error) *Error {
 	}
 	errors.As(err, &e.Errno)
 	return e
-}
-
-// parseFDs takes the descriptors out of a control message.
-func parseFDs(control []byte) ([]int, error) {
-	messages, err := unix.ParseSocketControlMessage(control)
-	if err != nil {
-		return nil, err
-	}
-	var fds []int
-	for i := range messages {
-		if messages[i].Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		more, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			closeFDs(fds)
-			return nil, err
-		}
-		fds = append(fds, more...)
-	}
-	return fds, nil
-}
-
-func closeFDs(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }
