@@ -339,6 +339,12 @@ func (g *gateway) useInside(ctx context.Context, s *agent.Sockets, own ...netip.
 	return g.fwd.UseInside(ctx, s, own...)
 }
 
+// work counts what the gateway has done: frames and connections.
+func (g *gateway) work() uint64 {
+	link, flows := g.link.Stats(), g.fwd.Stats()
+	return link.RxFrames.Load() + link.TxFrames.Load() + flows.TCPTotal.Load()
+}
+
 // run serves the guest.
 func (g *gateway) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)

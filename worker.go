@@ -8,7 +8,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -279,9 +278,6 @@ func with[T any](r *worker.Request, f func(T) error) error {
 	return f(v)
 }
 
-// settledAfter is when a worker gives back what starting took.
-const settledAfter = time.Second
-
 // start makes the gateway, and gives up what it does not need.
 func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 	var o startOrder
@@ -318,7 +314,7 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 	s.mu.Lock()
 	s.gateway, s.config = g, o.Config
 	s.mu.Unlock()
-	time.AfterFunc(settledAfter, trim.Trim)
+	go trim.Keep(context.Background(), g.work)
 	go s.run(g)
 	return status, nil
 }

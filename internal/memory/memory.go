@@ -1,12 +1,15 @@
-// Package memory gives back what a process took to start.
+// Package memory gives back what a process took and does not need any more.
 package memory
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -51,3 +54,43 @@ func (t *Trimmer) Trim() {
 
 // Trim is New and Trim.
 func Trim() { New().Trim() }
+
+const (
+	// settledAfter is when a process has started.
+	settledAfter = time.Second
+	// restAfter is how long a process must have had next to nothing to do.
+	restAfter = 10 * time.Second
+	// restWork is what counts as that.
+	restWork = 1000
+)
+
+// Keep trims until ctx is done: a moment from now, and whenever the process comes
+// to rest after it was busy. work counts what it does, such as frames.
+func (t *Trimmer) Keep(ctx context.Context, work func() uint64) {
+	r := rest{busy: true, seen: work()}
+	for wait := settledAfter; ; wait = restAfter {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+		if r.due(work()) {
+			runtime.GC() // pools let go of what two collections find unused
+			t.Trim()
+		}
+	}
+}
+
+// rest tells when a process comes to rest.
+type rest struct {
+	seen uint64 // the count when last looked at
+	busy bool   // since the last time at rest
+}
+
+// due reports whether the process has come to rest, its work being counted as n.
+func (r *rest) due(n uint64) bool {
+	idle := n-r.seen <= restWork
+	due := idle && r.busy
+	r.seen, r.busy = n, !idle
+	return due
+}

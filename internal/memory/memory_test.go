@@ -41,3 +41,23 @@ func TestTrim(t *testing.T) {
 		t.Errorf("%d KiB of the program before, %d after", before, after)
 	}
 }
+
+func TestRest(t *testing.T) {
+	r := rest{busy: true}
+	for i, c := range []struct {
+		n   uint64
+		due bool
+	}{
+		{0, true}, // it has started
+		{0, false},
+		{restWork / 2, false},
+		{1e6, false},
+		{2e6, false},
+		{2e6 + restWork, true},
+		{2e6 + restWork, false},
+	} {
+		if due := r.due(c.n); due != c.due {
+			t.Errorf("look %d, at %d: due %v, want %v", i, c.n, due, c.due)
+		}
+	}
+}
