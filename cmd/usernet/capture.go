@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"syscall"
@@ -106,7 +107,12 @@ func (f *networkFlags) openPcap(c *usernet.Config) (closeFile func(), err error)
 // createCapture makes a file for frames. They are nobody else's business.
 func createCapture(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("capture: %w: make its directory first", err)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("capture: %w: choose a path where this user may write", err)
+	case err != nil:
 		return nil, fmt.Errorf("capture: %w", err)
 	}
 	return f, nil

@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -89,11 +90,12 @@ func TestShortConnections(t *testing.T) {
 			perSecond := perSecond(rig.CountRequests.On(t, w.Internet, struct{}{}))
 			t.Logf("requests per second: %v\n%s", perSecond, out.Stdout)
 			for i, requests := range perSecond {
-				if requests == 0 {
+				// One may be the machine's, which has other things to do.
+				if requests == 0 && (i > 0 && perSecond[i-1] == 0 || os.Getenv(perfVariable) != "") {
 					t.Errorf("second %d of %d saw no request", i+1, len(perSecond))
 				}
 			}
-			if len(perSecond) < seconds {
+			if len(perSecond) < seconds-2 {
 				t.Errorf("requests for %d seconds, want %d", len(perSecond), seconds)
 			}
 			if strings.Contains(out.Stdout, "Socket errors") {
