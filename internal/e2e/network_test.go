@@ -151,19 +151,21 @@ func (s *shared) wantGone(t *testing.T) {
 // talkScript serves, and asks the other members by their names, with each
 // program and family.
 const talkScript = `
-mkdir -p /tmp/www.$NAME && echo "this is $NAME" > /tmp/www.$NAME/index.html
-busybox httpd -f -p '[::]:8000' -h /tmp/www.$NAME &
-iperf3 -s > /tmp/iperf.$NAME 2>&1 &
-try() { for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do "$@" > /tmp/out.$NAME 2>&1 && return 0; sleep 0.5; done; echo "FAILED: $*"; cat /tmp/out.$NAME; }
+dir=$(mktemp -d) || exit
+trap 'rm -rf $dir' EXIT; trap 'exit 143' TERM
+mkdir -p $dir/www.$NAME && echo "this is $NAME" > $dir/www.$NAME/index.html
+busybox httpd -f -p '[::]:8000' -h $dir/www.$NAME &
+iperf3 -s > $dir/iperf.$NAME 2>&1 &
+try() { for i in $(seq 60); do "$@" > $dir/out.$NAME 2>&1 && return 0; sleep 0.5; done; echo "FAILED: $*"; cat $dir/out.$NAME; }
 for peer in "$@"; do for family in -4 -6; do
 	try ping $family -c 1 -W 1 $peer
 	try curl $family -sS -m 3 http://$peer:8000/
-	grep -q "this is $peer" /tmp/out.$NAME || echo "FAILED: got $(cat /tmp/out.$NAME) of $peer"
+	grep -q "this is $peer" $dir/out.$NAME || echo "FAILED: got $(cat $dir/out.$NAME) of $peer"
 	try iperf3 $family -n 4M -c $peer
 	try iperf3 $family -R -n 4M -c $peer.blue.usernet.internal
 done; done
 echo finished
-sleep 60`
+sleep 600 & wait $!`
 
 // TestNetworkTalk: three namespaces reach each other by name with real programs.
 func TestNetworkTalk(t *testing.T) {
@@ -762,8 +764,9 @@ func TestNetworkDHCP(t *testing.T) {
 	s := newShared(t)
 	s.join(t, "blue", "first")
 	m := s.join(t, "blue", "second", "--configure", "none")
-	out := m.guest.Run(t, "sh", "-c", `printf '#!/bin/sh\nenv\n' > /tmp/show && chmod +x /tmp/show &&
-busybox udhcpc -i tap0 -n -q -f -t 5 -T 1 -O search -s /tmp/show`)
+	out := m.guest.Run(t, "sh", "-c", `dir=$(mktemp -d) && trap 'rm -r $dir' EXIT &&
+printf '#!/bin/sh\nenv\n' > $dir/show && chmod +x $dir/show &&
+busybox udhcpc -i tap0 -n -q -f -t 15 -T 1 -O search -s $dir/show`)
 	text := out.Stdout + out.Stderr
 	n, _ := s.inspect(t, "blue")
 	for _, want := range []string{"ip=" + n.Members[1].Addresses[0].String(), "blue.usernet.internal"} {
