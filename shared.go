@@ -174,6 +174,10 @@ type remoteMember struct {
 // names up.
 func (r *remote) addMember(ctx context.Context, o memberOrder, fd int, gone func()) (number uint64, search []string, err error) {
 	r.mu.Lock()
+	if r.members == nil {
+		r.mu.Unlock()
+		return 0, nil, ErrNotRunning
+	}
 	r.last++
 	o.Number = r.last
 	r.members[o.Number] = &remoteMember{o, fd, gone}
