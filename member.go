@@ -265,10 +265,8 @@ func (m *membership) rejoin(ctx context.Context) (r *joinReply, err error) {
 func (m *membership) reopen(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.inside != nil {
-		if err := m.tellInside(ctx); err != nil {
-			return err
-		}
+	if err := m.renewInside(ctx); err != nil {
+		return err
 	}
 	for _, o := range m.opened {
 		if err := m.tellOpened(ctx, o); err != nil {
@@ -325,23 +323,29 @@ func (m *membership) useInside(ctx context.Context, s *agent.Sockets, own ...net
 	return m.tellInside(ctx)
 }
 
-// openAgain opens another way inside, for another worker: in the one that there is,
-// answers for the last may be under way.
+// openAgain opens another way inside, for another worker.
 func (m *membership) openAgain(ctx context.Context) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if err := m.renewInside(ctx); err != nil && ctx.Err() == nil {
+		m.log.Warn(noSplice, "err", err)
+	}
+}
+
+// renewInside opens another way inside and hands it over: in the one that there
+// is, answers for whoever had it may be under way. Without an agent there is none.
+func (m *membership) renewInside(ctx context.Context) error {
 	if m.inside == nil || len(m.own) == 0 || m.at.agent == nil {
-		return
+		return nil
 	}
 	in, err := m.at.agent.Sockets()
-	if err == nil {
-		m.inside.Close()
-		m.inside = in
-		err = m.tellInside(ctx)
+	if err != nil {
+		m.log.Warn(noSplice, "err", err)
+		return nil
 	}
-	if err != nil && ctx.Err() == nil {
-		m.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
-	}
+	m.inside.Close()
+	m.inside = in
+	return m.tellInside(ctx)
 }
 
 // sandboxInfo tells what the network's process that faces the guests is kept from.

@@ -192,6 +192,9 @@ func (p *publisher) own4() netip.Addr {
 	return a.Guest4
 }
 
+// noSplice is what is logged where there is no way inside.
+const noSplice = "published TCP ports go by the interface: no faster way"
+
 // prepare readies the namespace for fast forwards, once.
 func (p *publisher) prepare(ctx context.Context) {
 	if p.prepared {
@@ -204,7 +207,7 @@ func (p *publisher) prepare(ctx context.Context) {
 	}
 	s, err := p.agent.Sockets()
 	if err != nil {
-		p.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
+		p.log.Warn(noSplice, "err", err)
 		return
 	}
 	for _, why := range []string{s.Error4, s.Error6} {
@@ -221,7 +224,7 @@ func (p *publisher) prepare(ctx context.Context) {
 		own = append(own, a)
 	}
 	if err := p.inlet.useInside(ctx, s, own...); err != nil {
-		p.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
+		p.log.Warn(noSplice, "err", err)
 	}
 }
 

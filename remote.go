@@ -222,7 +222,7 @@ func (r *remote) instruct(ctx context.Context, w *incarnation) error {
 			err = r.openInside(ctx, w, in, own)
 		}
 		if err != nil {
-			r.log.Warn("published TCP ports go by the interface: no faster way", "err", err)
+			r.log.Warn(noSplice, "err", err)
 		}
 	}
 	ids := make(map[uint64]uint64) // as the worker knows the ports

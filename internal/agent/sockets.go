@@ -60,8 +60,8 @@ type spares struct {
 	missed int  // clients who found none since Trim
 }
 
-// Sockets readies the namespace for such sockets. What an
-// earlier call has returned gets no more answers.
+// Sockets readies the namespace for such sockets. What an earlier call has
+// returned gets no more answers.
 func (a *Agent) Sockets() (*Sockets, error) {
 	r, fds, err := a.call(&request{Op: opSockets})
 	if err == nil && (r.Inside == nil || len(fds) != 1) {
