@@ -53,7 +53,8 @@ func Live() []string {
 	return slices.DeleteFunc(paths, func(path string) bool {
 		c, err := net.DialTimeout("unix", path, time.Second)
 		if err != nil {
-			return true
+			// Where many wait already somebody listens.
+			return !errors.Is(err, syscall.EAGAIN) && !errors.Is(err, os.ErrDeadlineExceeded)
 		}
 		c.Close()
 		return false
