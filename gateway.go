@@ -52,6 +52,7 @@ type seed struct {
 	Records    map[string][]netip.Addr // names that the DNS server answers
 	Leases4    []dhcp.SavedLease
 	Leases6    []dhcp.SavedLease
+	Learned    []forwarder.Learned // addresses that rules for names allow
 }
 
 // hooks are what a gateway has others do, or tells them. All may be nil.
@@ -59,6 +60,7 @@ type hooks struct {
 	dialPath func(path string, done func(fd int, errno unix.Errno))
 	leases4  func([]dhcp.SavedLease)
 	leases6  func([]dhcp.SavedLease)
+	learned  func([]forwarder.Learned)
 }
 
 // newGateway joins the rooms on an open link, whose descriptor it takes.
@@ -97,6 +99,8 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 	policy := newPolicy(c, a)
 	g.policy = policy
 	policy.SetLocal(s.Local)
+	policy.Restore(s.Learned)
+	policy.TellLearned(h.learned)
 	outbound := forwarder.Outbound{Addr4: c.OutboundAddr, Addr6: c.OutboundAddr6, Interface: c.OutboundInterface}
 	toHost := outbound
 	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host

@@ -49,9 +49,10 @@ type remote struct {
 	current  *incarnation  // nil while there is none
 	up       chan struct{} // closed when there is one again
 	ports    map[uint64]*remotePort
-	members  map[uint64]*remoteMember // of a shared network
-	last     uint64                   // id of a port or member
-	inside   []netip.Addr             // that sockets inside can connect to, if they can be had
+	members  map[uint64]*remoteMember        // of a shared network
+	learned  map[forwarder.Learned]time.Time // without their times, and those
+	last     uint64                          // id of a port or member
+	inside   []netip.Addr                    // that sockets inside can connect to, if they can be had
 	restarts uint64
 	lostLogs int
 }
@@ -117,6 +118,10 @@ const (
 // maxLeases is how many leases of a family are kept for the next worker.
 const maxLeases = 2048
 
+// maxLearned is how many addresses that rules for names allow are kept for the next
+// worker.
+const maxLearned = 4096
+
 // Bounds of what the log takes of a worker.
 const (
 	logsPerSecond = 100
@@ -149,6 +154,7 @@ func newRemote(c Config, link agent.Link, s seed) *remote {
 	return &remote{
 		cfg: c, link: link, log: c.Logger, rate: rate.NewLimiter(logsPerSecond, logBurst), seed: s, level: levelOf(c.Logger),
 		up: make(chan struct{}), ports: make(map[uint64]*remotePort), members: make(map[uint64]*remoteMember),
+		learned: make(map[forwarder.Learned]time.Time),
 	}
 }
 
@@ -200,6 +206,7 @@ func (r *remote) instruct(ctx context.Context, w *incarnation) error {
 	o.Config.TapFile, o.Config.Logger, o.Config.Publish, o.Config.Cleanup = nil, nil, nil, nil
 	o.Config.Capture, o.Config.PublishAuto = nil, nil
 	o.Config.AddHosts = nil // they are among the seed's records
+	o.Seed.Learned = r.learnedLocked()
 	r.mu.Unlock()
 	var status sandbox.Status
 	var link []int
@@ -448,6 +455,12 @@ func (r *remote) answer(w *incarnation, q *worker.Request) (any, []int, error) {
 			r.seed.Leases6 = l
 		}
 		r.mu.Unlock()
+	case opLearned:
+		var l []forwarder.Learned
+		if err := q.Decode(&l); err != nil {
+			return nil, nil, err
+		}
+		r.learn(l)
 	case opGone:
 		var number uint64
 		if err := q.Decode(&number); err != nil {
@@ -473,6 +486,34 @@ func (r *remote) answer(w *incarnation, q *worker.Request) (any, []int, error) {
 		return nil, nil, errors.New("unknown request")
 	}
 	return nil, nil, nil
+}
+
+// learn keeps addresses for the next worker. Where there are too many, any one
+// makes room.
+func (r *remote) learn(fresh []forwarder.Learned) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, l := range fresh {
+		until := l.Until
+		l.Until = time.Time{}
+		if _, known := r.learned[l]; !known && len(r.learned) >= maxLearned {
+			for k := range r.learned {
+				delete(r.learned, k)
+				break
+			}
+		}
+		r.learned[l] = until
+	}
+}
+
+// learnedLocked returns the addresses that were kept.
+func (r *remote) learnedLocked() []forwarder.Learned {
+	all := make([]forwarder.Learned, 0, len(r.learned))
+	for l, until := range r.learned {
+		l.Until = until
+		all = append(all, l)
+	}
+	return all
 }
 
 // dial connects to a unix socket of the host, if it is one that the guest may

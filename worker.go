@@ -42,8 +42,9 @@ const (
 	opEnded   = "ended"
 	opLeases4 = "leases4"
 	opLeases6 = "leases6"
-	opDial    = "dial" // a unix socket of the host
-	opGone    = "gone" // the link of a member
+	opLearned = "learned" // addresses that rules for names allow
+	opDial    = "dial"    // a unix socket of the host
+	opGone    = "gone"    // the link of a member
 )
 
 // startOrder is what a worker begins with.
@@ -123,12 +124,54 @@ type workerServer struct {
 	config  Config
 	dials   int
 	ends    map[uint64]context.CancelFunc // of captures
+
+	learned lessons
+}
+
+// lessons are learned addresses that the supervisor has yet to be told of. A guest
+// can have many learned in no time.
+type lessons struct {
+	mu      sync.Mutex // guards following
+	list    []forwarder.Learned
+	telling bool
+	tell    func([]forwarder.Learned)
+}
+
+// add has addresses told soon, unless too many wait already.
+func (q *lessons) add(fresh []forwarder.Learned) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.list)+len(fresh) > maxLearned {
+		return
+	}
+	q.list = append(q.list, fresh...)
+	if !q.telling {
+		q.telling = true
+		go q.run()
+	}
+}
+
+func (q *lessons) run() {
+	const most = 256 // in one message
+	for {
+		q.mu.Lock()
+		n := min(len(q.list), most)
+		some := q.list[:n:n]
+		q.list = q.list[n:]
+		q.telling = n > 0
+		q.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		q.tell(some)
+	}
 }
 
 // serveWorker is the worker's process. It ends when its parent does.
 func serveWorker(c *worker.Conn) error {
 	s := &workerServer{conn: c, sends: worker.NewLogHandler(), ends: make(map[uint64]context.CancelFunc)}
 	s.log = slog.New(s.sends)
+	s.learned.tell = func(l []forwarder.Learned) { _ = c.Note(opLearned, l) }
 	return c.Serve(s.handle)
 }
 
@@ -298,6 +341,7 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 		dialPath: s.dialPath,
 		leases4:  func(l []dhcp.SavedLease) { s.tell(opLeases4, l) },
 		leases6:  func(l []dhcp.SavedLease) { s.tell(opLeases6, l) },
+		learned:  s.learned.add,
 	})
 	if err != nil {
 		return nil, err

@@ -34,9 +34,20 @@ const (
 // forgotten soon makes room.
 const maxLearnedAddrs = 4096
 
+// toldAgain is how much longer an address must be allowed to be told of again.
+const toldAgain = minLearned / 2
+
+// Learned is an address that a rule for names allows, for a time.
+type Learned struct {
+	Addr  netip.Addr
+	Rule  int // its place in the list
+	Until time.Time
+}
+
 // names are the rules for names, and what they were answered with.
 type names struct {
 	rules []NameRule
+	told  func([]Learned) // nil: nobody
 
 	mu      sync.Mutex // guards following
 	learned map[learnedAddr]time.Time
@@ -65,32 +76,62 @@ func (n *names) allow(proto uint8, dst netip.AddrPort) bool {
 	return false
 }
 
+// TellLearned has f called with addresses as they are learned, for who wants to
+// Restore them in another policy with the same rules. It must not block. It is to
+// be set before Learn is called.
+func (p *Policy) TellLearned(f func([]Learned)) { p.names.told = f }
+
+// Restore takes up what another policy has told.
+func (p *Policy) Restore(learned []Learned) {
+	n := &p.names
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	latest := time.Now().Add(maxLearned)
+	for _, l := range learned {
+		if l.Rule >= 0 && l.Rule < len(n.rules) && l.Until.Before(latest) {
+			n.addLocked(learnedAddr{l.Addr, l.Rule}, l.Until)
+		}
+	}
+}
+
+// addLocked allows an address until then, and reports whether that was to be told.
+func (n *names) addLocked(k learnedAddr, until time.Time) bool {
+	if n.learned == nil {
+		n.learned = make(map[learnedAddr]time.Time)
+	}
+	old, known := n.learned[k]
+	if !until.After(old) {
+		return false
+	}
+	if !known && len(n.learned) >= maxLearnedAddrs {
+		n.evictLocked()
+	}
+	n.learned[k] = until
+	return until.Sub(old) >= toldAgain
+}
+
 // Learn tells the policy that the guest is about to be answered name, in lower
 // case and without the final dot, with addrs, good for ttl. It may be called at
 // any time.
 func (p *Policy) Learn(name string, addrs []netip.Addr, ttl time.Duration) {
 	n := &p.names
+	var fresh []Learned
 	for i, r := range n.rules {
 		if !r.covers(name) {
 			continue
 		}
 		until := time.Now().Add(min(max(ttl, minLearned), maxLearned))
 		n.mu.Lock()
-		if n.learned == nil {
-			n.learned = make(map[learnedAddr]time.Time)
-		}
 		for _, a := range addrs {
 			a, _ = p.loopback(a.Unmap())
-			k := learnedAddr{a, i}
-			old, known := n.learned[k]
-			if !known && len(n.learned) >= maxLearnedAddrs {
-				n.evictLocked()
-			}
-			if until.After(old) {
-				n.learned[k] = until
+			if n.addLocked(learnedAddr{a, i}, until) {
+				fresh = append(fresh, Learned{a, i, until})
 			}
 		}
 		n.mu.Unlock()
+	}
+	if len(fresh) > 0 && n.told != nil {
+		n.told(fresh)
 	}
 }
 

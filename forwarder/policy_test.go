@@ -226,6 +226,52 @@ func TestNames(t *testing.T) {
 	})
 }
 
+// TestLearnedElsewhere: a policy takes up what another one with the same rules was
+// told, for as long as that was good.
+func TestLearnedElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := forwarder.PolicyConfig{Names: []forwarder.NameRule{{Name: "api.test", From: 443, To: 443}, {Name: "*.wild.test", To: 65535}}}
+		var told []forwarder.Learned
+		tells := 0
+		p := policyOf(cfg)
+		p.TellLearned(func(l []forwarder.Learned) { told = append(told, l...); tells++ })
+		a, b := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1")
+		p.Learn("api.test", []netip.Addr{a}, time.Hour)
+		p.Learn("x.wild.test", []netip.Addr{b}, 2*time.Hour)
+		p.Learn("other.test", []netip.Addr{a}, time.Hour)
+		for range 100 {
+			p.Learn("api.test", []netip.Addr{a}, time.Hour) // no longer than before
+		}
+		if tells != 2 {
+			t.Errorf("told %d times, want twice", tells)
+		}
+		// What makes no sense comes from a process that the guest has taken over.
+		told = append(told, forwarder.Learned{Addr: b, Rule: 7, Until: time.Now().Add(time.Hour)},
+			forwarder.Learned{Addr: b, Rule: -1, Until: time.Now().Add(time.Hour)},
+			forwarder.Learned{Addr: netip.MustParseAddr("198.51.100.2"), Until: time.Now().Add(1000 * time.Hour)})
+
+		time.Sleep(30 * time.Minute)
+		q := policyOf(cfg)
+		q.Restore(told)
+		check := func(dst string, want forwarder.Reason) {
+			t.Helper()
+			if _, v := q.Resolve(forwarder.TCP, netip.MustParseAddrPort(dst)); v.Reason != want {
+				t.Errorf("%s: %v, want reason %d", dst, v, want)
+			}
+		}
+		check("198.51.100.1:443", forwarder.Allowed)
+		check("198.51.100.1:80", forwarder.DeniedUnlisted)
+		check("[2001:db8::1]:80", forwarder.Allowed)
+		check("198.51.100.2:443", forwarder.DeniedUnlisted)
+		time.Sleep(30 * time.Minute)
+		check("198.51.100.1:443", forwarder.DeniedUnlisted)
+		check("[2001:db8::1]:80", forwarder.Allowed)
+		if n := q.Learned(); n != 2 {
+			t.Errorf("%d addresses are remembered, want 2", n)
+		}
+	})
+}
+
 // TestUpstreamRules: name servers are the host's choice, but for rules.
 func TestUpstreamRules(t *testing.T) {
 	server := netip.MustParseAddrPort("127.0.0.53:53")

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,6 +84,12 @@ func TestAllowName(t *testing.T) {
 	look("local.test", "A", "198.51.100.99")
 	check("what a name does not open", map[string]bool{
 		"tcp 169.254.169.254:7": false, "tcp " + at(w.Gateway4, 7): false, "tcp 203.0.113.50:7": false, "tcp 198.51.100.99:7": true,
+	})
+
+	killWorker(t, w, syscall.SIGKILL)
+	check("by the next worker", map[string]bool{
+		"tcp 198.51.100.80:7": true, "tcp 198.51.100.80:7002": false, "tcp [2001:db8:80::1]:7": true,
+		"tcp 198.51.100.90:7": false, "tcp 198.51.100.91:7": true, "tcp 203.0.113.50:7": false,
 	})
 }
 
