@@ -5,7 +5,7 @@ GO ?= go
 T ?= 30s
 PREFIX ?= /usr/local
 
-.PHONY: build demo test check vuln fuzz malformed soak bench compare cover install clean
+.PHONY: build demo test check vuln fuzz malformed flood soak bench compare cover install clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o usernet ./cmd/usernet
@@ -37,16 +37,18 @@ vuln:
 fuzz:
 	hack/fuzz.sh $(T)
 
-# What a hostile guest may try, for a long time: FRAMES malformed frames, and all
-# kinds of traffic at once for S seconds.
+# What a hostile guest may try: FRAMES malformed frames, a flood of SYNs for the time
+# T, and all kinds of traffic at once for the time T.
 FRAMES ?= 1000000
-S ?= 300
 
 malformed:
 	USERNET_FRAMES=$(FRAMES) $(GO) test ./internal/e2e -count=1 -v -timeout 30m -run '^TestMalformedFrames$$'
 
+flood:
+	USERNET_FLOOD=$(T) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSYNFlood$$'
+
 soak:
-	USERNET_SOAK=$(S) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSoak$$'
+	USERNET_SOAK=$(T) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSoak$$'
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...

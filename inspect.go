@@ -541,6 +541,7 @@ type DropStats struct {
 	ICMPLimited  uint64 `json:"icmp_limited"`  // ICMP errors above the rate limit
 	UDPHost      uint64 `json:"udp_host"`      // a host socket did not take it
 	DialsFull    uint64 `json:"dials_full"`    // too many connection attempts at once
+	SYNFlood     uint64 `json:"syn_flood"`     // too many that come to nothing
 	UDPEvicted   uint64 `json:"udp_evicted"`   // flows that made room for newer ones
 	ICMPEvicted  uint64 `json:"icmp_evicted"`  // likewise
 	DNSDropped   uint64 `json:"dns_dropped"`   // were no queries at all
@@ -636,7 +637,7 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 		Dropped: DropStats{
 			BadFrame: link.RxBad.Load(), BadChecksum: link.RxChecksum.Load(), LinkRefused: link.TxDropped.Load(),
 			Malformed: st.Malformed.Load(), Spoofed: st.Spoofed.Load(), Foreign: st.Foreign.Load(),
-			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(),
+			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(), SYNFlood: st.SYNsDropped.Load(),
 			UDPHost: f.UDPDropped.Load(), DialsFull: f.DialsDropped.Load(), UDPEvicted: f.UDPEvicted.Load(), ICMPEvicted: f.EchoEvicted.Load(),
 			Capture: g.link.Recorder().Dropped(),
 		},

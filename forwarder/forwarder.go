@@ -49,6 +49,8 @@ type Guest interface {
 	WriteUDP(src, dst netip.AddrPort, gso int, payload []byte) error
 	Hold()
 	Flush()
+	// Established tells that a TCP connection of the guest has come about.
+	Established()
 	// SendEchoReply sends an echo reply with payload head+tail.
 	SendEchoReply(src, dst netip.Addr, ttl uint8, id, seq uint16, head, tail []byte) error
 	// SendICMPError reports what became of a packet of the guest.
@@ -90,7 +92,7 @@ type Config struct {
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.
 	MaxDials int
-	// MaxUDP and MaxEcho bound the flows, defaults 8192 and 256; the one
+	// MaxUDP and MaxEcho bound the flows, defaults 16384 and 256; the one
 	// idle longest makes room for a new one.
 	MaxUDP, MaxEcho int
 	// UDPIdle and DNSIdle are how long a flow lives after its last datagram,
@@ -174,7 +176,7 @@ func New(cfg Config) (*Forwarder, error) {
 		}
 	}
 	def(&cfg.MaxDials, 16384)
-	def(&cfg.MaxUDP, 8192)
+	def(&cfg.MaxUDP, 16384)
 	def(&cfg.MaxEcho, 256)
 	if cfg.UDPIdle == 0 {
 		cfg.UDPIdle = 180 * time.Second

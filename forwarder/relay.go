@@ -131,6 +131,7 @@ func (fl *tcpFlow) take() {
 			return
 		}
 		fl.ep = fl.accepted
+		fl.t.f.guest.Established()
 		fl.entry.Init(fl, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr)
 		fl.wq.EventRegister(&fl.entry)
 		ev |= evReadable | evWritable

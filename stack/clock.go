@@ -20,12 +20,14 @@ type clock struct {
 func newClock() *clock { return &clock{Clock: tcpip.NewStdClock(), base: time.Now()} }
 
 // NowMonotonic implements tcpip.Clock.
-func (c *clock) NowMonotonic() tcpip.MonotonicTime {
-	ns := c.still.Load()
-	if ns == 0 {
-		ns = int64(time.Since(c.base))
+func (c *clock) NowMonotonic() tcpip.MonotonicTime { return tcpip.MonotonicTime{}.Add(c.now()) }
+
+// now is the time since the clock was made.
+func (c *clock) now() time.Duration {
+	if ns := c.still.Load(); ns != 0 {
+		return time.Duration(ns)
 	}
-	return tcpip.MonotonicTime{}.Add(time.Duration(ns))
+	return time.Since(c.base)
 }
 
 // StopClock has netstack's time stand at now until it is stopped again, or goes

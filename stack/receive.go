@@ -107,9 +107,23 @@ func (s *Stack) receive4(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 			return true
 		}
 	case uint8(header.TCPProtocolNumber):
-		s.makeWay(src, dst, l4)
+		return !s.admit(src, dst, l4)
 	}
 	return false
+}
+
+// admit reports whether a TCP segment may go on to netstack: a SYN may have to
+// stay behind.
+func (s *Stack) admit(src, dst netip.Addr, l4 []byte) bool {
+	if !isSYN(l4) {
+		return true
+	}
+	if !s.gate.take(s.clock.now()) {
+		s.stats.SYNsDropped.Add(1)
+		return false
+	}
+	s.makeWay(src, dst, l4)
+	return true
 }
 
 // makeWay lets an earlier connection between the same ports come to its end
@@ -118,11 +132,7 @@ func (s *Stack) receive4(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 // netstack's goroutine, whose endpoint would take the SYN for a stray segment
 // and cost the guest a second, or a refusal.
 func (s *Stack) makeWay(src, dst netip.Addr, l4 []byte) {
-	const synAckRstFin = header.TCPFlagSyn | header.TCPFlagAck | header.TCPFlagRst | header.TCPFlagFin
 	tcpHdr := header.TCP(l4)
-	if len(l4) < header.TCPMinimumSize || tcpHdr.Flags()&synAckRstFin != header.TCPFlagSyn {
-		return
-	}
 	id := stack.TransportEndpointID{
 		LocalPort: tcpHdr.DestinationPort(), LocalAddress: tcpip.AddrFromSlice(dst.AsSlice()),
 		RemotePort: tcpHdr.SourcePort(), RemoteAddress: tcpip.AddrFromSlice(src.AsSlice()),
@@ -198,7 +208,7 @@ func (s *Stack) receive6(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 	case uint8(header.ICMPv6ProtocolNumber):
 		return s.receiveICMPv6(src, dst, hops, l4, tail)
 	case uint8(header.TCPProtocolNumber):
-		s.makeWay(src, dst, l4)
+		return !s.admit(src, dst, l4)
 	}
 	return false
 }

@@ -103,6 +103,8 @@ type Stats struct {
 	// QueueDropped counts datagrams for our own services that found their
 	// queue full.
 	QueueDropped atomic.Uint64
+	// SYNsDropped counts those that too many others came to nothing before.
+	SYNsDropped atomic.Uint64
 	// ICMPLimited counts ICMP errors that the rate limit swallowed.
 	ICMPLimited atomic.Uint64
 	// ARPReplies and NDPReplies count answered address resolutions.
@@ -129,6 +131,7 @@ type Stack struct {
 	neigh   neighbors
 	icmpLim *rate.Limiter
 	ipID    atomic.Uint32
+	gate    gate
 	gather  gather
 	handed  []*packetConn // whose handlers took datagrams since the last Flush
 
@@ -153,7 +156,7 @@ func New(cfg Config) (*Stack, error) {
 		bcast4:  lastAddr(cfg.Prefix4),
 		icmpLim: rate.NewLimiter(1000, 50), // the figures of Linux's icmp_msgs_per_sec and icmp_msgs_burst
 	}
-	s.neigh.fallback = cfg.GuestMAC
+	s.neigh.fallback, s.gate.tokens = cfg.GuestMAC, synBurst
 	var seed [4]byte
 	rand.Read(seed[:])
 	s.ipID.Store(binary.NativeEndian.Uint32(seed[:]))
@@ -285,7 +288,22 @@ func (s *Stack) Listen(addr netip.AddrPort) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack: listen on %v: %w", addr, err)
 	}
-	return l, nil
+	return listener{l, s}, nil
+}
+
+// listener tells of the connections that have come about.
+type listener struct {
+	net.Listener
+	s *Stack
+}
+
+// Accept implements net.Listener.
+func (l listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.s.Established()
+	}
+	return c, err
 }
 
 func (s *Stack) ipv6() bool { return s.cfg.Prefix6.IsValid() }
