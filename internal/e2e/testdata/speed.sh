@@ -26,7 +26,7 @@ for _ in $(seq "$rounds"); do
 	for program; do
 		measure out container --rm box /usr/bin/iperf3 -J -t "$seconds" -c 192.0.2.1
 		measure in container --rm box /usr/bin/iperf3 -J -t "$seconds" -c 192.0.2.1 -R
-		container --name served -d -p 5300:5201 box /usr/bin/iperf3 -s >/dev/null
+		container --name served -d -p 5300:5201 box /usr/bin/iperf3 -s --forceflush >/dev/null
 		patiently listening
 		measure published-in iperf3 -J -t "$seconds" -c 192.0.2.1 -p 5300
 		measure published-out iperf3 -J -t "$seconds" -c 192.0.2.1 -p 5300 -R
