@@ -103,14 +103,7 @@ func TestQueriesHandedOverToNobody(t *testing.T) {
 			t.Errorf("%s: rcode %d", name, m.Rcode)
 		}
 	}
-	eventually(t, func() error {
-		s.sockets.mu.Lock()
-		defer s.sockets.mu.Unlock()
-		if n := len(s.sockets.all) - len(s.sockets.idle); n > 0 {
-			return fmt.Errorf("%d sockets are in use", n)
-		}
-		return nil
-	})
+	wantIdle(t, s)
 }
 
 // TestQueriesOverBeforeTheyLeave holds that a query that nobody waits for any

@@ -185,6 +185,12 @@ func TestSharedPortRefused(t *testing.T) {
 	if d := time.Since(begin); d > quick {
 		t.Errorf("refusals took %v", d)
 	}
+	wantIdle(t, s)
+}
+
+// wantIdle waits until no socket waits for an answer.
+func wantIdle(t *testing.T, s *Server) {
+	t.Helper()
 	eventually(t, func() error {
 		s.sockets.mu.Lock()
 		defer s.sockets.mu.Unlock()

@@ -140,17 +140,9 @@ type Flood struct {
 // SendFlood sends them as fast as the interface takes them, and returns how many
 // it took.
 var SendFlood = NewFunc("rig.sendFlood", func(ctx context.Context, f Flood) (int, error) {
-	iface, err := net.InterfaceByName(f.Interface)
+	iface, mac, fd, err := openInterface(f.Interface, f.Gateway)
 	if err != nil {
 		return 0, err
-	}
-	mac, err := linkAddress(iface, f.Gateway)
-	if err != nil {
-		return 0, err
-	}
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0) // receives nothing
-	if err != nil {
-		return 0, fmt.Errorf("open packet socket: %w", err)
 	}
 	defer unix.Close(fd)
 	ll := &unix.SockaddrLinklayer{Ifindex: iface.Index}
@@ -177,3 +169,18 @@ var SendFlood = NewFunc("rig.sendFlood", func(ctx context.Context, f Flood) (int
 	}
 	return sent, ctx.Err()
 })
+
+// openInterface opens a packet socket that sends whole frames and receives none,
+// and finds the gateway's link address on that interface.
+func openInterface(name string, gateway netip.Addr) (iface *net.Interface, mac net.HardwareAddr, fd int, err error) {
+	if iface, err = net.InterfaceByName(name); err != nil {
+		return nil, nil, -1, err
+	}
+	if mac, err = linkAddress(iface, gateway); err != nil {
+		return nil, nil, -1, err
+	}
+	if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+		return nil, nil, -1, fmt.Errorf("open packet socket: %w", err)
+	}
+	return iface, mac, fd, nil
+}

@@ -25,17 +25,9 @@ type SYNFlood struct {
 // SendSYNs sends them and returns how many were taken. Without destinations it only
 // keeps a processor as busy.
 var SendSYNs = NewFunc("rig.sendSYNs", func(ctx context.Context, f SYNFlood) (int, error) {
-	iface, err := net.InterfaceByName(f.Interface)
+	iface, mac, fd, err := openInterface(f.Interface, f.Gateway)
 	if err != nil {
 		return 0, err
-	}
-	mac, err := linkAddress(iface, f.Gateway)
-	if err != nil {
-		return 0, err
-	}
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0) // receives nothing
-	if err != nil {
-		return 0, fmt.Errorf("open packet socket: %w", err)
 	}
 	defer unix.Close(fd)
 	ll := &unix.SockaddrLinklayer{Ifindex: iface.Index}
