@@ -194,7 +194,7 @@ func New(cfg Config) (*Forwarder, error) {
 	if f.poll, err = newPoller(); err != nil {
 		return nil, err
 	}
-	f.poll.guest, f.wake.poll = cfg.Guest, f.poll
+	f.poll.guest, f.poll.woken, f.wake.poll = cfg.Guest, f.setTime, f.poll
 	cfg.Link.NotifyHeld(f.wake.wake)
 	f.tcp.init(f)
 	f.udp.init(f)
@@ -269,15 +269,16 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		if f.cfg.Clock != nil {
 			f.cfg.Clock.ResumeClock()
 		}
+		start := f.now
 		if f.poll.sleep() {
-			f.spin.woken(time.Since(f.now))
+			f.spin.woken(time.Since(start))
 		}
 	}
 	f.wake.sleeping.Store(false)
 	return nil
 }
 
-// setTime makes it the time of this turn.
+// setTime makes it the time of this turn, and of what ends its sleep.
 func (f *Forwarder) setTime() {
 	f.now = time.Now()
 	if f.cfg.Clock != nil {

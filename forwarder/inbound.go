@@ -514,7 +514,7 @@ func (t *inboundTable) sweep() {
 	t.resume()
 	for fl, since := range t.connecting {
 		waited := t.f.now.Sub(since)
-		if waited >= detourAfter && (waited >= crowdTime || !fl.port.lets(t.f.now)) {
+		if waited >= detourAfter && (waited >= crowdTime || !fl.port.lets(t.f.now)) && !hasPeer(fl.guest.fd) {
 			fl.detour()
 		}
 	}
@@ -684,6 +684,14 @@ func localAddr(fd int) netip.AddrPort {
 		return netip.AddrPort{}
 	}
 	return ra.get()
+}
+
+// hasPeer reports whether a TCP socket's peer has answered.
+func hasPeer(fd int) bool {
+	var ra rawAddr
+	size := uint32(len(ra.b))
+	_, _, errno := unix.RawSyscall(unix.SYS_GETPEERNAME, uintptr(fd), uintptr(unsafe.Pointer(&ra.b)), uintptr(unsafe.Pointer(&size)))
+	return errno == 0
 }
 
 // unsent returns how many bytes a socket's peer has not acknowledged.

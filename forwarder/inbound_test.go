@@ -571,3 +571,53 @@ func TestInboundUDP(t *testing.T) {
 		t.Errorf("%d flows are left", a)
 	}
 }
+
+// stalling is a loopback after whose answers the engine stands still for a while.
+type stalling struct {
+	*loopback
+	stall time.Duration
+}
+
+func (s *stalling) Receive(got func(uint32, int, unix.Errno)) error {
+	defer time.Sleep(s.stall)
+	return s.loopback.Receive(got)
+}
+
+// TestInboundNoDetour: what the guest has answered is not taken for unanswered,
+// whether the engine has slept until the client came or stood still since then.
+// The other way, through netstack, leads nowhere here.
+func TestInboundNoDetour(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		idle, stall time.Duration
+	}{{"after a pause", time.Second, 0}, {"on a machine that stands still", 0, time.Second}} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := newNetwork(t, rigOptions{})
+			if err := n.fwd.UseInside(context.Background(), &stalling{newLoopback(t), tt.stall}, guest4); err != nil {
+				t.Fatal(err)
+			}
+			port := listen(t, func(c *net.TCPConn) {
+				io.Copy(c, c)
+				c.Close()
+			})
+			addr := publish(t, n, netip.AddrPortFrom(guest4, port))
+			time.Sleep(tt.idle)
+			start := time.Now()
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.Write([]byte("hello"))
+			if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
+				t.Fatal(err)
+			}
+			flows, err := n.fwd.Flows(context.Background())
+			if err != nil || len(flows) != 1 || flows[0].Age > time.Since(start) {
+				t.Errorf("flows after %v: %+v, %v", time.Since(start), flows, err)
+			}
+			c.Close()
+			gone(t, n)
+		})
+	}
+}

@@ -46,6 +46,7 @@ type poller struct {
 	file   *os.File // the same, as the runtime's poller knows it
 	raw    syscall.RawConn
 	look   func(fd uintptr) bool
+	woken  func()    // called when sleep is over, before events are dispatched
 	armed  time.Time // when sleep ends by itself; zero: not known
 	looks  int       // during the present sleep
 	events [128]unix.EpollEvent
@@ -75,7 +76,14 @@ func newPoller() (*poller, error) {
 		p.file.Close()
 		return nil, fmt.Errorf("forwarder: watch epoll: %w", err)
 	}
-	p.look = func(uintptr) bool { p.looks++; return p.wait() > 0 }
+	p.look = func(uintptr) bool {
+		p.looks++
+		n := p.poll()
+		if n > 0 {
+			p.woken()
+		}
+		return p.dispatch(n) > 0
+	}
 	return p, nil
 }
 
@@ -114,12 +122,19 @@ func (p *poller) release(i int32, fd int) {
 }
 
 // wait dispatches pending events and returns how many there were.
-func (p *poller) wait() int {
+func (p *poller) wait() int { return p.dispatch(p.poll()) }
+
+// poll takes pending events and returns how many there are.
+func (p *poller) poll() int {
 	r, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
-	n := int(r)
 	if errno != 0 {
-		n = 0 // EINTR: the loop comes back
+		return 0 // EINTR: the loop comes back
 	}
+	return int(r)
+}
+
+// dispatch hands over n events that poll has taken.
+func (p *poller) dispatch(n int) int {
 	if n == 0 {
 		return 0
 	}

@@ -119,6 +119,25 @@ func TestPublishManyClients(t *testing.T) {
 	})
 }
 
+// TestPublishAfterPause: a client who comes after a pause takes the way that those
+// before have taken, and so keeps its port.
+func TestPublishAfterPause(t *testing.T) {
+	rig.NeedUsernet(t)
+	w := onTap(t)
+	w.Guest.ServeOn(t, false)
+	w.publish(t, waysIn[0], fmt.Sprintf("8080:%d", rig.Services.Whoami))
+	w.readMany(t, false, 50) // from now on there are sockets ahead
+	// A crowd may take 5 s to be let in; sockets that nobody needs may be closed as
+	// soon after that.
+	time.Sleep(5050 * time.Millisecond)
+	for _, port := range []int{20000, 20001} {
+		r := rig.ReadAll.On(t, w.Internet, rig.DialRequest{Network: "tcp", Addr: host(false, 8080), Source: at(internet4, port)})
+		if r.Text != at(internet4, port) {
+			t.Errorf("the server saw %v, want %s", r, at(internet4, port))
+		}
+	}
+}
+
 // TestPublishPortTakenInside: a client whose port the guest uses itself gets in
 // from another one.
 func TestPublishPortTakenInside(t *testing.T) {
