@@ -49,7 +49,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitOK
 	}
 	if text := describe(err); text != "" {
-		fmt.Fprintf(stderr, "usernet: %s\n", text)
+		writePatiently(stderr, fmt.Sprintf("usernet: %s\n", text))
 	}
 	return status(err)
 }

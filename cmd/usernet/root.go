@@ -131,7 +131,9 @@ func (a *attach) serve(cmd *cobra.Command) error {
 		return err
 	}
 	a.settle(cmd)
-	a.config.Logger = a.logger(cmd.ErrOrStderr())
+	log, flush := a.logger(cmd.ErrOrStderr())
+	defer flush()
+	a.config.Logger = log
 	if err := a.config.Validate(); err != nil {
 		return err
 	}
@@ -255,14 +257,4 @@ func tellChosen(w io.Writer, asked []usernet.Forward, got []usernet.ForwardInfo)
 			fmt.Fprintf(w, "published %v\n", got[i].Forward)
 		}
 	}
-}
-
-// logger returns the logger that the flags ask for.
-func (f *networkFlags) logger(w io.Writer) *slog.Logger {
-	_ = f.levelVar.UnmarshalText([]byte(f.level)) // one of the words that the flag takes
-	o := &slog.HandlerOptions{Level: &f.levelVar}
-	if f.format == "json" {
-		return slog.New(slog.NewJSONHandler(w, o))
-	}
-	return slog.New(slog.NewTextHandler(w, o))
 }

@@ -77,7 +77,9 @@ var (
 func (r *runFlags) run(cmd *cobra.Command, command []string) error {
 	r.settle(cmd)
 	c := r.config
-	c.Logger = r.logger(cmd.ErrOrStderr())
+	log, flush := r.logger(cmd.ErrOrStderr())
+	defer flush()
+	c.Logger = log
 	c.PID = os.Getpid() // until there is the right one
 	if err := c.Validate(); err != nil {
 		return err
