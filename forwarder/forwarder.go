@@ -161,7 +161,8 @@ type Forwarder struct {
 
 	inbound inboundTable
 
-	denials denialLog
+	denials  denialLog
+	scarcity time.Time // when the log last said that there are no descriptors
 }
 
 // New makes a forwarder. Its Handle methods are to be called by whatever
@@ -403,6 +404,22 @@ func (f *Forwarder) close() {
 	f.echo.close()
 	f.inbound.close()
 	f.poll.close()
+}
+
+// scarcityEvery is how often the log says that there are no descriptors.
+const scarcityEvery = time.Minute
+
+// scarce reports whether errno means that there are no descriptors left. The log
+// says that once in a while, whatever the guest tries meanwhile.
+func (f *Forwarder) scarce(errno unix.Errno) bool {
+	if errno != unix.EMFILE && errno != unix.ENFILE {
+		return false
+	}
+	if f.scarcity.IsZero() || f.now.Sub(f.scarcity) >= scarcityEvery {
+		f.scarcity = f.now
+		f.log.Warn("no descriptors are left: new flows are refused until others end; `ulimit -Hn` sets how many there are", "err", errno)
+	}
+	return true
 }
 
 // icmpFor is the function of that name, where the policy has a say in what a

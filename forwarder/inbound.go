@@ -263,7 +263,7 @@ func (l *listener) ready(uint32) {
 		}
 		var ra rawAddr
 		fd, errno := rawAccept(l.fd, &ra)
-		if errno == unix.EMFILE || errno == unix.ENFILE || errno == unix.ENOBUFS || errno == unix.ENOMEM {
+		if t.f.scarce(errno) || errno == unix.ENOBUFS || errno == unix.ENOMEM {
 			// The client stays in the queue, and would wake us at once.
 			l.pause()
 			t.f.sweepIn(pauseTime)

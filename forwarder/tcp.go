@@ -139,6 +139,7 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		return t.establish(id, pkt, fd, -1, 0)
 	case unix.EINPROGRESS:
 	default:
+		f.scarce(errno)
 		f.stats.Refused.Add(1)
 		return t.refuse(id, pkt, errno)
 	}

@@ -97,13 +97,13 @@ func (t *udpTable) open(src, dst netip.AddrPort) (*udpFlow, unix.Errno) {
 		t.evict()
 	}
 	fd, errno := rawSocket(family(dst.Addr()), unix.SOCK_DGRAM, 0)
-	if errno == unix.EMFILE || errno == unix.ENFILE {
-		if t.evict() {
-			fd, errno = rawSocket(family(dst.Addr()), unix.SOCK_DGRAM, 0)
-		}
+	if f.scarce(errno) && t.evict() {
+		fd, errno = rawSocket(family(dst.Addr()), unix.SOCK_DGRAM, 0)
 	}
 	if errno != 0 {
-		f.log.Warn("no socket for a UDP flow", "src", src, "err", errno)
+		if !f.scarce(errno) {
+			f.log.Warn("no socket for a UDP flow", "src", src, "err", errno)
+		}
 		return nil, errno
 	}
 	if err := f.cfg.Outbound.Prepare(fd, dst.Addr()); err != nil {
