@@ -296,8 +296,21 @@ func (w *walker) next() bool {
 	return true
 }
 
+// whole reports whether the records that msg says it has are there. One that is
+// marked as truncated may end anywhere.
+func whole(msg []byte, end int) bool {
+	if msg[2]&bitTC != 0 {
+		return true
+	}
+	w := walkRecords(msg, end)
+	for w.next() {
+	}
+	return !w.bad
+}
+
 // matches reports whether msg is an answer, under the given id, to the query
-// whose bytes behind its id are ask and whose question ends at end.
+// whose bytes behind its id are ask and whose question ends at end. What is cut off
+// or garbled is none: another server's, or the same one's next, may be better.
 func matches(msg []byte, ask string, end int, id uint16) bool {
 	if len(msg) < headerLen || binary.BigEndian.Uint16(msg) != id ||
 		msg[2]&bitQR == 0 || msg[2]&maskOpcode != 0 {
@@ -315,7 +328,7 @@ func matches(msg []byte, ask string, end int, id uint16) bool {
 				return false
 			}
 		}
-		return string(msg[end-4:end]) == ask[end-6:end-2]
+		return string(msg[end-4:end]) == ask[end-6:end-2] && whole(msg, end)
 	case 0:
 		// Some servers refuse without repeating the question.
 		rcode := msg[3] & maskRcode

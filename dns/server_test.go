@@ -65,9 +65,9 @@ func TestVerbatim(t *testing.T) {
 		"DO, RRSIG":      {ask("example.org", dns.TypeA, withEDNS(4096, true)), answerWith(0, "example.org. 60 IN A 192.0.2.1", "example.org. 60 IN RRSIG A 8 2 60 20300101000000 20200101000000 1 example.org. AAAA")},
 		"root":           {ask(".", dns.TypeNS), answerWith(0, ". 60 IN NS a.root.")},
 		"garbage behind": {q, odd("garbage")},
-		"counts that lie": {q, func(q []byte, _ bool, send func([]byte)) {
+		"cut, as it says itself": {q, func(q []byte, _ bool, send func([]byte)) {
 			b := bytes.Clone(q)
-			b[2] |= bitQR
+			b[2] |= bitQR | bitTC
 			copy(b[6:], "\xff\xff\xff\xff\xff\xff")
 			send(b)
 		}},
@@ -216,6 +216,8 @@ func TestLies(t *testing.T) {
 		lie(func(b []byte) { b[13] = 'b' })
 		lie(func(b []byte) { b[2] &^= bitQR })
 		lie(func(b []byte) { b[5] = 0 })
+		lie(func(b []byte) { b[7] = 9 })
+		send(reply(q, 0, "a.example. 60 IN A 203.0.113.66")[:len(q)+5])
 		send(nil)
 		send(q[:5])
 		if !tcp {

@@ -847,7 +847,7 @@ func TestNetworkChurn(t *testing.T) {
 	}
 	hub := hubOf(t, s)
 	usage := func() (fds, threads int) {
-		got := hubUsage.On(t, s.Host, hub)
+		got := handlesOf.On(t, s.Host, hub)
 		return got[0], got[1]
 	}
 	fds, threads := usage()
@@ -912,7 +912,8 @@ func TestNetworkChurn(t *testing.T) {
 	t.Logf("%d joined; descriptors %d, then %d; threads %d, then %d", joins, fds, now, threads, nowThreads)
 }
 
-var hubUsage = rig.NewFunc("e2e.hubUsage", func(_ context.Context, pid int) ([2]int, error) {
+// handlesOf counts the descriptors and threads of a process.
+var handlesOf = rig.NewFunc("e2e.handles", func(_ context.Context, pid int) ([2]int, error) {
 	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
 		return [2]int{}, err
