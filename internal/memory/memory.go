@@ -62,12 +62,16 @@ const (
 	restAfter = 10 * time.Second
 	// restWork is what counts as that.
 	restWork = 1000
+	// restLooks is how often that is looked at, at most, until nothing more can be
+	// found: what idles may be kept for minutes.
+	restLooks = 32
 )
 
 // Keep trims until ctx is done: a moment from now, and whenever the process comes
-// to rest after it was busy. work counts what it does, such as frames.
+// to rest after it was busy, then, and less and less often for some minutes. work
+// counts what it does, such as frames.
 func (t *Trimmer) Keep(ctx context.Context, work func() uint64) {
-	r := rest{busy: true, seen: work()}
+	r := rest{seen: work()}
 	for wait := settledAfter; ; wait = restAfter {
 		select {
 		case <-time.After(wait):
@@ -81,16 +85,21 @@ func (t *Trimmer) Keep(ctx context.Context, work func() uint64) {
 	}
 }
 
-// rest tells when a process comes to rest.
+// rest tells when a process that was busy is at rest.
 type rest struct {
-	seen uint64 // the count when last looked at
-	busy bool   // since the last time at rest
+	seen  uint64 // the count when last looked at
+	looks int    // that have found it at rest, since it was busy
 }
 
-// due reports whether the process has come to rest, its work being counted as n.
+// due reports whether the process, its work being counted as n, has come to rest
+// or been there for twice as long as the last time.
 func (r *rest) due(n uint64) bool {
 	idle := n-r.seen <= restWork
-	due := idle && r.busy
-	r.seen, r.busy = n, !idle
-	return due
+	r.seen = n
+	if !idle {
+		r.looks = 0
+		return false
+	}
+	r.looks = min(r.looks+1, restLooks+1)
+	return r.looks <= restLooks && r.looks&(r.looks-1) == 0
 }

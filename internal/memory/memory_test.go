@@ -43,21 +43,32 @@ func TestTrim(t *testing.T) {
 }
 
 func TestRest(t *testing.T) {
-	r := rest{busy: true}
+	var r rest
 	for i, c := range []struct {
 		n   uint64
 		due bool
 	}{
 		{0, true}, // it has started
-		{0, false},
+		{0, true},
 		{restWork / 2, false},
 		{1e6, false},
 		{2e6, false},
 		{2e6 + restWork, true},
+		{2e6 + restWork, true},
 		{2e6 + restWork, false},
+		{2e6 + restWork, true},
 	} {
 		if due := r.due(c.n); due != c.due {
 			t.Errorf("look %d, at %d: due %v, want %v", i, c.n, due, c.due)
 		}
+	}
+	last := 0
+	for look := 5; look < 1000; look++ {
+		if r.due(3e6) && look > 5 { // the first has seen work
+			last = look
+		}
+	}
+	if last != restLooks+5 {
+		t.Errorf("the last time was look %d, want %d", last, restLooks+5)
 	}
 }
