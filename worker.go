@@ -167,6 +167,37 @@ func (q *lessons) run() {
 	}
 }
 
+// tellLast returns a function that has its argument told soon, and does not wait:
+// one after the other, and of those that come meanwhile only the last.
+func tellLast[T any](tell func(T)) func(T) {
+	var (
+		mu      sync.Mutex // guards following
+		next    *T
+		telling bool
+	)
+	run := func() {
+		for {
+			mu.Lock()
+			v := next
+			next, telling = nil, v != nil
+			mu.Unlock()
+			if v == nil {
+				return
+			}
+			tell(*v)
+		}
+	}
+	return func(v T) {
+		mu.Lock()
+		defer mu.Unlock()
+		next = &v
+		if !telling {
+			telling = true
+			go run()
+		}
+	}
+}
+
 // serveWorker is the worker's process. It ends when its parent does.
 func serveWorker(c *worker.Conn) error {
 	s := &workerServer{conn: c, sends: worker.NewLogHandler(), ends: make(map[uint64]context.CancelFunc)}
@@ -339,8 +370,8 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 	o.Config.Logger = s.log
 	g, err := open(o.Config, o.Link, o.Seed, hooks{
 		dialPath: s.dialPath,
-		leases4:  func(l []dhcp.SavedLease) { s.tell(opLeases4, l) },
-		leases6:  func(l []dhcp.SavedLease) { s.tell(opLeases6, l) },
+		leases4:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases4, l) }),
+		leases6:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases6, l) }),
 		learned:  s.learned.add,
 	})
 	if err != nil {
