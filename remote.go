@@ -224,7 +224,7 @@ func (r *remote) instruct(ctx context.Context, w *incarnation) error {
 	own, ports := r.inside, maps.Clone(r.ports)
 	r.mu.Unlock()
 	if own != nil {
-		in, err := r.sockets()
+		in, err := r.openSockets()
 		if err == nil {
 			err = r.openInside(ctx, w, in, own)
 		}
@@ -661,6 +661,31 @@ func (r *remote) useInside(ctx context.Context, in *agent.Sockets, own ...netip.
 }
 
 // openInside passes the way inside on.
+// openSockets opens another way to sockets inside. The guest waits for it, so an
+// agent that stands still gets no more time than a worker.
+func (r *remote) openSockets() (*agent.Sockets, error) {
+	type answer struct {
+		in  *agent.Sockets
+		err error
+	}
+	got := make(chan answer, 1)
+	go func() {
+		in, err := r.sockets()
+		got <- answer{in, err}
+	}()
+	select {
+	case a := <-got:
+		return a.in, a.err
+	case <-time.After(engineTime):
+	}
+	go func() {
+		if a := <-got; a.err == nil {
+			a.in.Close()
+		}
+	}()
+	return nil, errors.New("the agent does not answer")
+}
+
 func (r *remote) openInside(ctx context.Context, w *incarnation, in *agent.Sockets, own []netip.Addr) error {
 	_, err := w.Call(ctx, opInside, own, nil, in.FD())
 	in.Close()

@@ -222,8 +222,15 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng eng
 			}
 			default6 = on
 			eng.setDefaultRouter6(on)
-			if err := at.setDefaultRoute6(on); err != nil {
-				n.log.Warn("cannot change the IPv6 default route inside", "on", on, "err", err)
+			set := make(chan error, 1)
+			go func() { set <- at.setDefaultRoute6(on) }()
+			select {
+			case err := <-set:
+				if err != nil {
+					n.log.Warn("cannot change the IPv6 default route inside", "on", on, "err", err)
+				}
+			case <-ctx.Done(): // nobody waits for an agent that stands still
+				return nil
 			}
 		}
 	}

@@ -271,6 +271,8 @@ func (a *Agent) CleanupOnDeath(paths []string) error {
 // Close ends the agent. Links that were opened stay with their owners.
 func (a *Agent) Close() error {
 	a.closing.Do(func() {
+		// What is being asked need not be answered any more.
+		_ = a.conn.SetDeadline(time.Now().Add(closeTimeout))
 		_, fds, _ := a.callWithin(closeTimeout, &request{Op: opBye})
 		rights.Close(fds)
 		a.mu.Lock()
