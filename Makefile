@@ -5,7 +5,7 @@ GO ?= go
 T ?= 30s
 PREFIX ?= /usr/local
 
-.PHONY: build demo test check vuln fuzz malformed flood soak bench compare cover install clean
+.PHONY: build demo test check vuln fuzz malformed flood flows soak bench compare cover install clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o usernet ./cmd/usernet
@@ -38,14 +38,19 @@ fuzz:
 	hack/fuzz.sh $(T)
 
 # What a hostile guest may try: FRAMES malformed frames, a flood of SYNs for the time
-# T, and all kinds of traffic at once for the time T.
+# T, FLOWS flows of TCP and as many of UDP, as far as there are descriptors, and all
+# kinds of traffic at once for the time T.
 FRAMES ?= 1000000
+FLOWS ?= 10000
 
 malformed:
 	USERNET_FRAMES=$(FRAMES) $(GO) test ./internal/e2e -count=1 -v -timeout 30m -run '^TestMalformedFrames$$'
 
 flood:
 	USERNET_FLOOD=$(T) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSYNFlood$$'
+
+flows:
+	USERNET_FLOWS=$(FLOWS) $(GO) test ./internal/e2e -count=1 -v -timeout 30m -run '^TestManyFlows$$'
 
 soak:
 	USERNET_SOAK=$(T) $(GO) test ./internal/e2e -count=1 -v -timeout 24h -run '^TestSoak$$'
