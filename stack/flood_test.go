@@ -3,9 +3,11 @@ package stack
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -28,8 +30,26 @@ func syn(src, dst netip.AddrPort) []byte {
 	return ip(src.Addr(), dst.Addr(), uint8(header.TCPProtocolNumber), 64, b)
 }
 
+// behindOption puts an option, or an extension header, in front of what a frame has
+// behind its IP header.
+func behindOption(frame []byte) []byte {
+	if frame[12] == 8 {
+		b := slices.Concat(frame[:ethLen+20], []byte{148, 4, 0, 0}, frame[ethLen+20:])
+		b[ethLen]++
+		binary.BigEndian.PutUint16(b[ethLen+2:], uint16(len(b)-ethLen))
+		binary.BigEndian.PutUint16(b[ethLen+10:], 0)
+		binary.BigEndian.PutUint16(b[ethLen+10:], ^checksum.Checksum(b[ethLen:ethLen+24], 0))
+		return b
+	}
+	b := slices.Concat(frame[:ethLen+40], []byte{frame[ethLen+6], 0, 1, 4, 0, 0, 0, 0}, frame[ethLen+40:])
+	b[ethLen+6] = 60
+	binary.BigEndian.PutUint16(b[ethLen+4:], uint16(len(b)-ethLen-40))
+	return b
+}
+
 // TestSYNsThatComeToNothing holds that a flood of SYNs is bounded before netstack
-// sees it, and that connections which come about are not.
+// sees it, in whatever packets they are, and that connections which come about are
+// not.
 func TestSYNsThatComeToNothing(t *testing.T) {
 	s, l := newTestStack(t, true)
 	passed := 0
@@ -51,6 +71,14 @@ func TestSYNsThatComeToNothing(t *testing.T) {
 	}
 	if n := flood(10, tFar6, tGuest6); n != 0 {
 		t.Errorf("%d more pass over IPv6", n)
+	}
+	for i := range 10 {
+		for _, a := range [][2]netip.AddrPort{{port(tGuest4, uint16(1024+i)), port(tFar4, 80)}, {port(tGuest6, uint16(1024+i)), port(tFar6, 80)}} {
+			l.inject(vnet.Header{}, behindOption(syn(a[0], a[1])))
+		}
+	}
+	if passed != 0 {
+		t.Errorf("%d more pass behind options", passed)
 	}
 	for range 10 {
 		s.Established()

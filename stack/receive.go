@@ -36,6 +36,7 @@ func (s *Stack) receive(h vnet.Header, eth, tail []byte) bool {
 		s.stats.Foreign.Add(1)
 		return true
 	}
+	s.way.vouched = h.Flags&(vnet.NeedsCsum|vnet.DataValid) != 0
 	switch binary.BigEndian.Uint16(eth[12:]) {
 	case uint16(header.IPv4ProtocolNumber):
 		return s.receive4(h, src, eth[ethLen:], tail)
@@ -84,18 +85,20 @@ func (s *Stack) receive4(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 		s.stats.Foreign.Add(1)
 		return true
 	}
-	frag := binary.BigEndian.Uint16(ip[6:])
-	if ihl != header.IPv4MinimumSize || frag&0x3fff != 0 {
-		return false // options and fragments are netstack's
-	}
 	if checksum.Checksum(ip[:ihl], 0) != 0xffff {
 		s.stats.Malformed.Add(1)
 		return true
 	}
+	frag := binary.BigEndian.Uint16(ip[6:])
 	l4, tail := trim(ip, tail, ihl, total)
 	if ttl := ip[8]; ttl <= 1 && !s.own(dst) && !dst.IsMulticast() && dst != broadcast4 {
-		s.timeExceeded(src, dst, proto, l4)
+		if frag&0x1fff == 0 { // of a later fragment nobody is told (RFC 1122 §3.2.2)
+			s.timeExceeded(src, dst, proto, l4)
+		}
 		return true
+	}
+	if ihl != header.IPv4MinimumSize || frag&0x3fff != 0 {
+		return false // options and fragments are netstack's
 	}
 	switch proto {
 	case uint8(header.UDPProtocolNumber):
@@ -124,6 +127,27 @@ func (s *Stack) admit(src, dst netip.Addr, l4 []byte) bool {
 	}
 	s.makeWay(src, dst, l4)
 	return true
+}
+
+// strayTCP is netstack's handler for segments that belong to no endpoint.
+func (s *Stack) strayTCP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	if len(h) < header.TCPMinimumSize {
+		return true
+	}
+	if _, valid, ok := header.TCPValid(h, pkt.Data().Checksum, uint16(pkt.Data().Size()), id.RemoteAddress, id.LocalAddress, pkt.RXChecksumValidated); !ok || !valid {
+		s.stats.Malformed.Add(1)
+		return true
+	}
+	if s.way.long && isSYN(h) && !s.gate.take(s.clock.now()) {
+		s.stats.SYNsDropped.Add(1)
+		return true
+	}
+	// Nothing but the listeners answers at these addresses.
+	if a := addrOf(id.LocalAddress); a == s.cfg.DNS4 || a == s.cfg.DNS6 || a == s.linkLocal {
+		return s.cfg.SilentDNS && a != s.linkLocal
+	}
+	return s.hooks.TCP != nil && s.hooks.TCP(id, pkt)
 }
 
 // makeWay lets an earlier connection between the same ports come to its end
@@ -187,13 +211,8 @@ func (s *Stack) receive6(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 		s.stats.Foreign.Add(1)
 		return true
 	}
-	if proto != uint8(header.ICMPv6ProtocolNumber) && proto != uint8(header.UDPProtocolNumber) {
-		if dst.IsMulticast() {
-			return true // MLD reports travel behind a hop-by-hop header
-		}
-		if proto != uint8(header.TCPProtocolNumber) {
-			return false // extension headers are netstack's
-		}
+	if dst.IsMulticast() && proto != uint8(header.ICMPv6ProtocolNumber) && proto != uint8(header.UDPProtocolNumber) {
+		return true // MLD reports travel behind a hop-by-hop header
 	}
 	l4, tail := trim(ip, tail, header.IPv6MinimumSize, total)
 	hops := ip[7]
@@ -210,7 +229,7 @@ func (s *Stack) receive6(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 	case uint8(header.TCPProtocolNumber):
 		return !s.admit(src, dst, l4)
 	}
-	return false
+	return false // extension headers are netstack's
 }
 
 // guest6 reports whether a packet of the guest may come from a.
@@ -455,7 +474,7 @@ func (s *Stack) reassembledUDP(id stack.TransportEndpointID, pkt *stack.PacketBu
 		return true
 	}
 	length := int(header.UDP(l4).Length())
-	if length < udpLen || length > udpLen+len(data) || !udpChecksumValid(src, dst, l4, data, length) {
+	if length < udpLen || length > udpLen+len(data) || !s.way.vouched && !udpChecksumValid(src, dst, l4, data, length) {
 		s.stats.Malformed.Add(1)
 		return true
 	}

@@ -47,6 +47,27 @@ type networkEndpoint interface {
 	stack.ForwardingNetworkEndpoint
 }
 
+// A way says how the packet that is being handled gets to its handler. There is one
+// at a time: a link has one receiver, and handlers are called by it.
+type way struct {
+	// vouched is set where the link answers for checksums of transport headers,
+	// or has left them to us. It cannot do so for fragments, whose sender must
+	// have filled them in.
+	vouched bool
+	// long is set on the way through netstack's IP layer.
+	long bool
+}
+
+// takeLongWay hands netstack a packet with options, extension headers, or a part of
+// one. Unlike those that the link has looked into, its checksums are still to be
+// verified.
+func (s *Stack) takeLongWay(e networkEndpoint, pkt *stack.PacketBuffer) {
+	pkt.RXChecksumValidated = s.way.vouched
+	s.way.long = true
+	e.HandlePacket(pkt)
+	s.way.long = false
+}
+
 type shortcut4 struct {
 	networkEndpoint
 	s *Stack
@@ -58,7 +79,7 @@ func (e *shortcut4) HandlePacket(pkt *stack.PacketBuffer) {
 	const first = 4<<4 | header.IPv4MinimumSize/4 // version, and length without options
 	b, ok := pkt.Data().PullUp(header.IPv4MinimumSize)
 	if !ok || b[0] != first || b[9] != uint8(header.TCPProtocolNumber) || binary.BigEndian.Uint16(b[6:])&0x3fff != 0 {
-		e.networkEndpoint.HandlePacket(pkt)
+		e.s.takeLongWay(e.networkEndpoint, pkt)
 		return
 	}
 	size := int(binary.BigEndian.Uint16(b[2:])) - header.IPv4MinimumSize
@@ -120,7 +141,7 @@ type shortcut6 struct {
 func (e *shortcut6) HandlePacket(pkt *stack.PacketBuffer) {
 	b, ok := pkt.Data().PullUp(header.IPv6MinimumSize)
 	if !ok || b[6] != uint8(header.TCPProtocolNumber) {
-		e.networkEndpoint.HandlePacket(pkt)
+		e.s.takeLongWay(e.networkEndpoint, pkt)
 		return
 	}
 	size := int(binary.BigEndian.Uint16(b[4:]))

@@ -133,6 +133,7 @@ type Stack struct {
 	ipID    atomic.Uint32
 	gate    gate
 	gather  gather
+	way     way
 	handed  []*packetConn // whose handlers took datagrams since the last Flush
 
 	mu    sync.Mutex // guards writes to the following
@@ -212,13 +213,7 @@ func (s *Stack) configure() error {
 		{Destination: header.IPv4EmptySubnet, NIC: nicID},
 		{Destination: header.IPv6EmptySubnet, NIC: nicID},
 	})
-	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-		// Nothing but the listeners answers at these addresses.
-		if a := addrOf(id.LocalAddress); a == s.cfg.DNS4 || a == s.cfg.DNS6 || a == s.linkLocal {
-			return s.cfg.SilentDNS && a != s.linkLocal
-		}
-		return s.hooks.TCP != nil && s.hooks.TCP(id, pkt)
-	})
+	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.strayTCP)
 	s.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.reassembledUDP)
 	s.ns.SetTransportProtocolHandler(icmp.ProtocolNumber4, s.reassembledEcho)
 	s.ns.SetTransportProtocolHandler(icmp.ProtocolNumber6, s.reassembledEcho)

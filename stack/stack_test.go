@@ -12,6 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/usernet/usernet/internal/vnet"
 )
@@ -168,6 +169,52 @@ func TestChecksumsOfDatagramsAreVerified(t *testing.T) {
 		if hooked != c.want {
 			t.Errorf("%s: %d datagrams forwarded, want %d", c.name, hooked, c.want)
 		}
+	}
+}
+
+// TestChecksumsBehindOptions: what has options is verified as well, and what the
+// guest's kernel has left to its interface is right there too.
+func TestChecksumsBehindOptions(t *testing.T) {
+	s, l := newTestStack(t, true)
+	hooked := 0
+	s.SetHooks(Hooks{
+		UDP: func(_, _ netip.AddrPort, _ uint8, _ int, _, _ []byte) { hooked++ },
+		TCP: func(gstack.TransportEndpointID, *gstack.PacketBuffer) bool { hooked++; return true },
+	})
+	for _, a := range [][2]netip.AddrPort{{port(tGuest4, 5), port(tFar4, 9)}, {port(tGuest6, 5), port(tFar6, 9)}} {
+		udp, tcp := udpFrame(a[0], a[1], []byte("hello")), syn(a[0], a[1])
+		l4 := len(behindOption(udp)) - 8 - len("hello")
+		for _, c := range []struct {
+			name  string
+			frame []byte
+			at    int // of a byte that is wrong
+			flags uint8
+			want  int
+		}{
+			{"a datagram", udp, 0, 0, 1},
+			{"a wrong one", udp, l4 + 6, 0, 0},
+			{"one that is left to us", udp, l4 + 6, vnet.NeedsCsum, 1},
+			{"a SYN", tcp, 0, 0, 1},
+			{"a wrong one", tcp, l4 + 16, 0, 0},
+			{"one that is left to us", tcp, l4 + 16, vnet.NeedsCsum, 1},
+			{"one with a header of 16 bytes", tcp, l4 + 12, vnet.NeedsCsum, 0},
+		} {
+			hooked = 0
+			b := behindOption(c.frame)
+			if c.at > 0 {
+				b[c.at] ^= 0x10
+			}
+			l.inject(vnet.Header{Flags: c.flags}, b)
+			if hooked != c.want {
+				t.Errorf("%v: %s: %d handed over, want %d", a[0].Addr(), c.name, hooked, c.want)
+			}
+		}
+	}
+	b := behindOption(udpFrame(port(tGuest4, 5), port(tFar4, 9), []byte("hello")))
+	b[ethLen+10] ^= 1
+	hooked = 0
+	if l.inject(vnet.Header{Flags: vnet.NeedsCsum}, b); hooked != 0 {
+		t.Error("a packet with a wrong header checksum is handed over")
 	}
 }
 
