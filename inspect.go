@@ -531,24 +531,26 @@ type LinkStats struct {
 
 // DropStats count what was lost, by reason.
 type DropStats struct {
-	BadFrame     uint64 `json:"bad_frame"`     // too short, or with impossible offloads
-	BadChecksum  uint64 `json:"bad_checksum"`  // of TCP
-	Malformed    uint64 `json:"malformed"`     // impossible lengths, other checksums
-	Spoofed      uint64 `json:"spoofed"`       // a source that is not the guest's
-	Foreign      uint64 `json:"foreign"`       // for another station
-	LinkRefused  uint64 `json:"link_refused"`  // the guest's interface did not take it
-	QueueFull    uint64 `json:"queue_full"`    // for DHCP or DNS, too many at once
-	ICMPLimited  uint64 `json:"icmp_limited"`  // ICMP errors above the rate limit
-	UDPHost      uint64 `json:"udp_host"`      // a host socket did not take it
-	DialsFull    uint64 `json:"dials_full"`    // too many connection attempts at once
-	SYNFlood     uint64 `json:"syn_flood"`     // too many that come to nothing
-	UDPEvicted   uint64 `json:"udp_evicted"`   // flows that made room for newer ones
-	ICMPEvicted  uint64 `json:"icmp_evicted"`  // likewise
-	DNSDropped   uint64 `json:"dns_dropped"`   // were no queries at all
-	DHCPIgnored  uint64 `json:"dhcp_ignored"`  // malformed, or for another server
-	DNSOverload  uint64 `json:"dns_overload"`  // queries that found too many waiting
-	DHCPNoneFree uint64 `json:"dhcp_no_lease"` // clients that found no address
-	Capture      uint64 `json:"capture"`       // frames that a capture's reader was too slow for: the guest has lost nothing
+	BadFrame     uint64 `json:"bad_frame"`         // too short, or with impossible offloads
+	BadChecksum  uint64 `json:"bad_checksum"`      // of TCP
+	Malformed    uint64 `json:"malformed"`         // impossible lengths, other checksums
+	Spoofed      uint64 `json:"spoofed"`           // a source that is not the guest's
+	Foreign      uint64 `json:"foreign"`           // for another station
+	Fragments    uint64 `json:"fragments"`         // overlap with others, or of impossible length
+	Neighbors    uint64 `json:"neighbors_evicted"` // link addresses of the guest that made room for others
+	LinkRefused  uint64 `json:"link_refused"`      // the guest's interface did not take it
+	QueueFull    uint64 `json:"queue_full"`        // for DHCP or DNS, too many at once
+	ICMPLimited  uint64 `json:"icmp_limited"`      // ICMP errors above the rate limit
+	UDPHost      uint64 `json:"udp_host"`          // a host socket did not take it
+	DialsFull    uint64 `json:"dials_full"`        // too many connection attempts at once
+	SYNFlood     uint64 `json:"syn_flood"`         // too many that come to nothing
+	UDPEvicted   uint64 `json:"udp_evicted"`       // flows that made room for newer ones
+	ICMPEvicted  uint64 `json:"icmp_evicted"`      // likewise
+	DNSDropped   uint64 `json:"dns_dropped"`       // were no queries at all
+	DHCPIgnored  uint64 `json:"dhcp_ignored"`      // malformed, or for another server
+	DNSOverload  uint64 `json:"dns_overload"`      // queries that found too many waiting
+	DHCPNoneFree uint64 `json:"dhcp_no_lease"`     // clients that found no address
+	Capture      uint64 `json:"capture"`           // frames that a capture's reader was too slow for: the guest has lost nothing
 }
 
 // DenialStats count what the egress policy has kept the guest from, by reason.
@@ -637,6 +639,7 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 		Dropped: DropStats{
 			BadFrame: link.RxBad.Load(), BadChecksum: link.RxChecksum.Load(), LinkRefused: link.TxDropped.Load(),
 			Malformed: st.Malformed.Load(), Spoofed: st.Spoofed.Load(), Foreign: st.Foreign.Load(),
+			Fragments: g.stack.BadFragments(), Neighbors: g.stack.NeighborsEvicted(),
 			QueueFull: st.QueueDropped.Load(), ICMPLimited: st.ICMPLimited.Load(), SYNFlood: st.SYNsDropped.Load(),
 			UDPHost: f.UDPDropped.Load(), DialsFull: f.DialsDropped.Load(), UDPEvicted: f.UDPEvicted.Load(), ICMPEvicted: f.EchoEvicted.Load(),
 			Capture: g.link.Recorder().Dropped(),

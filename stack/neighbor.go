@@ -17,6 +17,7 @@ const maxNeighbors = 512
 // heard from. It is learned from frames, so nothing ever waits for ARP.
 type neighbors struct {
 	fallback [6]byte
+	evicted  atomic.Uint64
 	last     atomic.Pointer[neighbor] // the entry used most recently
 
 	mu sync.Mutex // guards following
@@ -67,6 +68,7 @@ func (n *neighbors) learn(addr netip.Addr, mac [6]byte) {
 			for a, old := range n.m { // any one
 				if !old.fixed {
 					delete(n.m, a)
+					n.evicted.Add(1)
 					break
 				}
 			}

@@ -253,6 +253,13 @@ func (s *Stack) Netstack() *stack.Stack { return s.ns }
 // Stats returns the live counters.
 func (s *Stack) Stats() *Stats { return &s.stats }
 
+// NeighborsEvicted counts link addresses that made room for others.
+func (s *Stack) NeighborsEvicted() uint64 { return s.neigh.evicted.Load() }
+
+// BadFragments counts those that fit into no datagram: they overlap, or have
+// impossible lengths.
+func (s *Stack) BadFragments() uint64 { return s.ns.Stats().IP.MalformedFragmentsReceived.Value() }
+
 // LinkLocal returns the gateway's link-local address, invalid without IPv6.
 func (s *Stack) LinkLocal() netip.Addr { return s.linkLocal }
 

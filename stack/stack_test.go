@@ -444,7 +444,7 @@ func TestNeighborTableIsBounded(t *testing.T) {
 		src := netip.AddrFrom16(a)
 		l.inject(vnet.Header{}, udpFrame(port(src, 5), port(tFar6, 9), nil))
 	}
-	if n := len(s.neigh.m); n > maxNeighbors {
-		t.Errorf("%d entries", n)
+	if n, out := len(s.neigh.m), s.NeighborsEvicted(); n > maxNeighbors || out != uint64(5000-n) {
+		t.Errorf("%d entries, %d evicted", n, out)
 	}
 }
