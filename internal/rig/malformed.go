@@ -86,6 +86,35 @@ func FixChecksums(f []byte) {
 	be.PutUint16(l4[at:], ^fold(sumBytes(sum, l4)))
 }
 
+// Fragment makes a fragment of a frame whose IP header is a plain one: of what is
+// behind that, it carries data, which begins at from.
+func Fragment(frame []byte, id, from int, data []byte, more bool) []byte {
+	be := binary.BigEndian
+	flag := uint16(0)
+	if more {
+		flag = 1
+	}
+	if be.Uint16(frame[12:]) == unix.ETH_P_IP {
+		const header = 20
+		b := append(append([]byte(nil), frame[:ethLen+header]...), data...)
+		ip := b[ethLen : ethLen+header]
+		be.PutUint16(ip[2:], uint16(header+len(data)))
+		be.PutUint16(ip[4:], uint16(id))
+		be.PutUint16(ip[6:], uint16(from/8)|flag<<13)
+		be.PutUint16(ip[10:], 0)
+		be.PutUint16(ip[10:], ^fold(sumBytes(0, ip)))
+		return b
+	}
+	const header = 40
+	b := append([]byte(nil), frame[:ethLen+header]...)
+	b = append(b, b[ethLen+6], 0)
+	b = be.AppendUint16(b, uint16(from)&^7|flag)
+	b = append(be.AppendUint32(b, uint32(id)), data...)
+	b[ethLen+6] = unix.IPPROTO_FRAGMENT
+	be.PutUint16(b[ethLen+4:], uint16(8+len(data)))
+	return b
+}
+
 // Malform makes a malformed frame of a good one: cut short, made longer, or with
 // some bytes, words or header fields changed; in half of them the checksums are
 // right nevertheless.
