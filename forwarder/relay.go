@@ -462,9 +462,15 @@ func (fl *tcpFlow) resetGuest() {
 	fl.t.f.sweepIn(drainPoll)
 }
 
+// drained reports whether the guest has acknowledged all that netstack has for it.
+// Netstack tells nobody how full a send buffer is, only whether it has room: one of
+// one byte has it when it is empty.
 func (fl *tcpFlow) drained() bool {
-	n, err := fl.ep.GetSockOptInt(tcpip.SendQueueSizeOption)
-	return err != nil || n == 0
+	o := fl.ep.SocketOptions()
+	size := o.GetSendBufferSize()
+	o.SetSendBufferSize(1, false)
+	defer o.SetSendBufferSize(size, false)
+	return fl.ep.Readiness(waiter.WritableEvents) != 0
 }
 
 // drainHost resets the host's end after the guest's is gone, as soon as the host

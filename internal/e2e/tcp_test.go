@@ -140,6 +140,12 @@ func TestTCPEnds(t *testing.T) {
 			1000, 0, "reset", "",
 		},
 		{
+			"server resets while the guest is slow", // what it has sent is the guest's
+			[]rig.Step{rig.Sleep(time.Second), rig.Receive()},
+			[]rig.Step{rig.Send(700_000, 1), rig.Sleep(500 * time.Millisecond), rig.Reset()},
+			0, 700_000, "reset", "",
+		},
+		{
 			"guest resets after its FIN",
 			[]rig.Step{rig.Send(1000, 1), rig.CloseWrite(), rig.ReceiveN(10), rig.Reset()},
 			[]rig.Step{rig.Receive(), rig.Send(10, 2), rig.Sleep(500 * time.Millisecond)},
