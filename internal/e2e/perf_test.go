@@ -41,16 +41,18 @@ func TestFasterThanSlirp4netns(t *testing.T) {
 func speed(t *testing.T, subject string, tun rig.Tun, flags ...string) (up, down float64) {
 	t.Helper()
 	n := rig.New(t, rig.Options{Tun: tun})
-	server := n.Host.Exec(t, rig.Command{Args: []string{"iperf3", "-s", "--forceflush", "-B", "127.0.0.1"}})
-	server.WaitOutput(t, "listening", 5*time.Second)
 	guest := n.Guest(t)
 	n.AttachSubject(t, subject, guest, append([]string{"--host-loopback", "--mtu", "1500"}, flags...)...)
-	return iperf(t, guest, ""), iperf(t, guest, "-R")
+	return iperf(t, n, guest, ""), iperf(t, n, guest, "-R")
 }
 
 // iperf measures Gbit/s to the host's loopback.
-func iperf(t *testing.T, guest *rig.Node, flag string) float64 {
+func iperf(t *testing.T, n *rig.Net, guest *rig.Node, flag string) float64 {
 	t.Helper()
+	// A server of more than one client resets those that come too early.
+	server := n.Host.Exec(t, rig.Command{Args: []string{"iperf3", "-s", "-1", "--forceflush", "-B", "127.0.0.1"}})
+	server.WaitOutput(t, "listening", time.Minute)
+	defer server.Wait(10 * time.Second)
 	args := []string{"iperf3", "-J", "-t", "3", "-c", rig.Current().Gateway4.String()}
 	if flag != "" {
 		args = append(args, flag)
