@@ -82,6 +82,10 @@ type Config struct {
 	MTU       int              // default 65520; below 1280 there is no IPv6
 	MAC       net.HardwareAddr // the guest's; default: random, locally administered
 	NoOffload bool             // no super-frames, no checksums left to the other end
+	// NoHandover keeps all TCP connections on the interface. Otherwise those that
+	// carry much leave it: the guest's kernel makes a socket in its namespace
+	// their far end, which the worker joins to that of the host.
+	NoHandover bool
 
 	CIDR      netip.Prefix // default 10.0.2.0/24
 	CIDR6     netip.Prefix // default fd75:736e:6574::/64

@@ -61,6 +61,8 @@ type hooks struct {
 	leases4  func([]dhcp.SavedLease)
 	leases6  func([]dhcp.SavedLease)
 	learned  func([]forwarder.Learned)
+	// wantInside asks for useInside, once.
+	wantInside func()
 }
 
 // newGateway joins the rooms on an open link, whose descriptor it takes.
@@ -106,7 +108,7 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: dev, Guest: guest{g.stack}, Policy: policy,
-		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), DialPath: h.dialPath, Logger: c.Logger,
+		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), DialPath: h.dialPath, NoHandover: c.NoHandover, WantInside: h.wantInside, Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()
@@ -123,6 +125,11 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 
 // guest is the stack as the forwarder sees it.
 type guest struct{ *stack.Stack }
+
+// Standing implements forwarder.Guest.
+func (g guest) Standing(guest, remote netip.AddrPort) forwarder.Standing {
+	return forwarder.Standing(g.Stack.Standing(guest, remote))
+}
 
 // SendICMPError implements forwarder.Guest.
 func (g guest) SendICMPError(e forwarder.ICMPError) error {
@@ -340,7 +347,15 @@ func (g *gateway) unpublish(ctx context.Context, number uint64) error {
 
 // useInside implements inlet.
 func (g *gateway) useInside(ctx context.Context, s *agent.Sockets, own ...netip.Addr) error {
-	return g.fwd.UseInside(ctx, s, own...)
+	return g.fwd.UseInside(ctx, inside{s}, own...)
+}
+
+// inside is the agent's sockets as the forwarder uses them.
+type inside struct{ *agent.Sockets }
+
+// Adopt implements forwarder.Inside.
+func (i inside) Adopt(id uint32, c *forwarder.Conn) error {
+	return i.Sockets.Adopt(id, (*agent.Conn)(c))
 }
 
 // work counts what the gateway has done: frames and connections.

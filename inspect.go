@@ -514,6 +514,7 @@ type FlowStats struct {
 	ICMP       uint64 `json:"icmp"`
 	Refused    uint64 `json:"refused"`     // by the far end or the network
 	Denied     uint64 `json:"denied"`      // by the egress policy
+	HandedOver uint64 `json:"handed_over"` // TCP connections that went on past the interface
 	LearnedNow int    `json:"learned_now"` // addresses that are allowed by their names
 	BytesUp    uint64 `json:"tcp_bytes_up"`
 	BytesDown  uint64 `json:"tcp_bytes_down"`
@@ -632,7 +633,7 @@ func (g *gateway) stats(context.Context) (Stats, error) {
 		Flows: FlowStats{
 			TCPNow: f.TCPActive.Load(), UDPNow: f.UDPActive.Load(), ICMPNow: f.EchoActive.Load(), DialingNow: f.Dialing.Load(),
 			TCP: f.TCPTotal.Load(), UDP: f.UDPTotal.Load(), ICMP: f.EchoTotal.Load(),
-			Refused: f.Refused.Load(), Denied: f.DeniedTotal(), LearnedNow: g.policy.Learned(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
+			Refused: f.Refused.Load(), Denied: f.DeniedTotal(), HandedOver: f.HandedOver.Load(), LearnedNow: g.policy.Learned(), BytesUp: f.BytesUp.Load(), BytesDown: f.BytesDown.Load(),
 			UDPUp: f.UDPBytesUp.Load(), UDPDown: f.UDPBytesDown.Load(),
 		},
 		Link: LinkStats{link.RxFrames.Load(), link.RxBytes.Load(), link.TxFrames.Load(), link.TxBytes.Load()},

@@ -75,7 +75,9 @@ type publisher struct {
 	mu        sync.Mutex // guards following
 	published []published
 	last      int  // number of the last ID
-	prepared  bool // the namespace is, or cannot be
+	warned    bool // of where there is no way inside
+	opened    bool // the way inside
+	noInside  error
 	stopped   bool
 
 	auto autoTable // of one goroutine at a time
@@ -193,38 +195,76 @@ func (p *publisher) own4() netip.Addr {
 }
 
 // noSplice is what is logged where there is no way inside.
-const noSplice = "published TCP ports go by the interface: no faster way"
+const noSplice = "published TCP ports go by the interface: the namespace does not allow a faster way"
 
 // prepare readies the namespace for fast forwards, once.
 func (p *publisher) prepare(ctx context.Context) {
-	if p.prepared {
+	if p.warned {
 		return
 	}
-	p.prepared = true
+	p.warned = true
 	if p.agent == nil {
 		p.log.Info("published TCP ports go by the TAP: its namespace is out of reach for a faster way")
 		return
 	}
-	s, err := p.agent.Sockets()
-	if err != nil {
-		p.log.Warn(noSplice, "err", err)
+	p.openInside(ctx)
+	if p.noInside != nil {
+		p.log.Warn(noSplice, "err", p.noInside)
+	}
+}
+
+// handOver readies the namespace for connections of the guest's own that are handed
+// over. Where that cannot be, they stay where they are.
+func (p *publisher) handOver(ctx context.Context) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.agent == nil || p.stopped {
 		return
 	}
-	for _, why := range []string{s.Error4, s.Error6} {
-		if why != "" {
-			p.log.Warn("published TCP ports go by the interface: the namespace does not allow a faster way", "err", why)
-			break
-		}
+	p.openInside(ctx)
+	if p.noInside != nil {
+		p.log.Debug("connections of the guest's are not handed over", "err", p.noInside)
+	}
+}
+
+// openInside opens the way to sockets inside, once.
+func (p *publisher) openInside(ctx context.Context) {
+	if p.opened {
+		return
+	}
+	p.opened = true
+	s, err := p.agent.Sockets()
+	if err != nil {
+		p.noInside = err
+		return
 	}
 	var own []netip.Addr
-	if s.Error4 == "" {
-		own = append(own, p.own4())
-	}
-	if a := p.cfg.Addresses().Guest6; a.IsValid() && s.Error6 == "" {
-		own = append(own, a)
+	for _, f := range []struct {
+		why  string
+		addr netip.Addr
+	}{{s.Error4, p.own4()}, {s.Error6, p.cfg.Addresses().Guest6}} {
+		switch {
+		case f.why != "":
+			p.noInside = errors.New(f.why)
+		case f.addr.IsValid():
+			own = append(own, f.addr)
+		}
 	}
 	if err := p.inlet.useInside(ctx, s, own...); err != nil {
-		p.log.Warn(noSplice, "err", err)
+		p.noInside = err
+	}
+}
+
+// wanted tells that somebody has asked for something, whenever and how often that
+// was.
+type wanted chan struct{}
+
+func newWanted() wanted { return make(wanted, 1) }
+
+func (w wanted) want() {
+	select {
+	case w <- struct{}{}:
+	default:
 	}
 }
 

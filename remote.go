@@ -36,6 +36,7 @@ type remote struct {
 	// sockets inside, and cut off the guest's connections through the last.
 	sockets func() (*agent.Sockets, error)
 	cutOff  func() (int, error)
+	wanted  wanted        // the way to sockets inside
 	rate    *rate.Limiter // of the worker's log records
 	// shared has the guests come and go: there is no link. restarted, if it is not
 	// nil, is called when another worker has taken over.
@@ -129,8 +130,9 @@ const (
 )
 
 // startRemote has a worker serve a link.
-func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *launch) (*remote, error) {
+func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *launch, w wanted) (*remote, error) {
 	r := newRemote(c, at.link, s)
+	r.wanted = w
 	if at.agent != nil {
 		r.sockets, r.cutOff = at.agent.Sockets, at.agent.CutOff
 	}
@@ -461,6 +463,8 @@ func (r *remote) answer(w *incarnation, q *worker.Request) (any, []int, error) {
 			return nil, nil, err
 		}
 		r.learn(l)
+	case opWant:
+		r.wanted.want()
 	case opGone:
 		var number uint64
 		if err := q.Decode(&number); err != nil {

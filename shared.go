@@ -149,7 +149,7 @@ func (g *gateway) openMember(ctx context.Context, o insideOrder, fd int) error {
 		return errors.New("no such member")
 	}
 	p.used = o.Own
-	return g.fwd.UseInside(ctx, in, o.Own...)
+	return g.fwd.UseInside(ctx, inside{in}, o.Own...)
 }
 
 // stats counts what passes between guests.

@@ -27,6 +27,8 @@ type Network struct {
 
 	publisher atomic.Pointer[publisher]  // likewise
 	member    atomic.Pointer[membership] // likewise, on a shared network
+
+	wanted wanted // the way to sockets inside
 }
 
 // New checks c. It starts nothing.
@@ -35,7 +37,7 @@ func New(c Config) (*Network, error) {
 		return nil, err
 	}
 	c = c.withDefaults()
-	return &Network{cfg: c, log: c.Logger, ready: make(chan struct{})}, nil
+	return &Network{cfg: c, log: c.Logger, ready: make(chan struct{}), wanted: newWanted()}, nil
 }
 
 // AgentMain takes over in usernet's helper processes; it has to be the first
@@ -159,7 +161,7 @@ func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, f
 	s := seed{Records: n.cfg.records(), Default6: n.default6(host)}
 	host.sow(&s)
 	if first != nil {
-		r, err := startRemote(ctx, n.cfg, at, s, first)
+		r, err := startRemote(ctx, n.cfg, at, s, first, n.wanted)
 		if err == nil {
 			return r, nil
 		}
@@ -171,7 +173,7 @@ func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, f
 		n.log.Info("the gateway runs in this process, without a sandbox: the program does not begin with usernet.AgentMain")
 	}
 	at.owned = false // the gateway's, from here on
-	gw, err := newGateway(n.cfg, at.link, s, hooks{})
+	gw, err := newGateway(n.cfg, at.link, s, hooks{wantInside: n.wanted.want})
 	if err != nil {
 		return nil, err
 	}
@@ -215,6 +217,8 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng eng
 				n.log.Warn("the helper process inside the namespace has ended; the network goes on, but follows no change of the host's IPv6 route")
 			}
 			at.forgetAgent()
+		case <-n.wanted:
+			pub.handOver(ctx)
 		case <-changed:
 			on := n.default6(host)
 			if on == default6 {

@@ -45,6 +45,7 @@ const (
 	opLearned = "learned" // addresses that rules for names allow
 	opDial    = "dial"    // a unix socket of the host
 	opGone    = "gone"    // the link of a member
+	opWant    = "want"    // the way inside, for connections to be handed over
 )
 
 // startOrder is what a worker begins with.
@@ -373,6 +374,8 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 		leases4:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases4, l) }),
 		leases6:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases6, l) }),
 		learned:  s.learned.add,
+
+		wantInside: func() { s.tell(opWant, nil) },
 	})
 	if err != nil {
 		return nil, err

@@ -48,6 +48,10 @@ type network struct {
 // errorsTo adapts a stack to forwarder.Guest.
 type errorsTo struct{ *stack.Stack }
 
+func (g errorsTo) Standing(guest, remote netip.AddrPort) forwarder.Standing {
+	return forwarder.Standing(g.Stack.Standing(guest, remote))
+}
+
 func (g errorsTo) SendICMPError(e forwarder.ICMPError) error {
 	return g.Stack.SendICMPError(stack.ICMPError(e))
 }

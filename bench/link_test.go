@@ -215,5 +215,6 @@ func (l *link) SetOnCloseAction(func())                 {}
 func (l *link) Close()                                  {}
 func (l *link) Held() bool                              { return false }
 func (l *link) NotifyHeld(func())                       {}
+func (l *link) Recorded() bool                          { return false }
 func (l *link) Flush(time.Time)                         {}
 func (l *link) Detach()                                 {}

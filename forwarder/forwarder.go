@@ -31,6 +31,8 @@ type Link interface {
 	Held() bool
 	NotifyHeld(func())
 	Flush(now time.Time)
+	// Recorded reports whether somebody wants to see all frames.
+	Recorded() bool
 }
 
 // Clock is netstack's clock. It stands still during a turn, so that nobody has
@@ -51,10 +53,30 @@ type Guest interface {
 	Flush()
 	// Established tells that a TCP connection of the guest has come about.
 	Established()
+	// Follow has Standing tell how far the connection with these ends is from now
+	// on, as its segments say. Cut loses all that are to come, in both
+	// directions. Unfollow ends both.
+	Follow(guest, remote netip.AddrPort)
+	Standing(guest, remote netip.AddrPort) Standing
+	Cut(guest, remote netip.AddrPort)
+	Unfollow(guest, remote netip.AddrPort)
 	// SendEchoReply sends an echo reply with payload head+tail.
 	SendEchoReply(src, dst netip.Addr, ttl uint8, id, seq uint16, head, tail []byte) error
 	// SendICMPError reports what became of a packet of the guest.
 	SendICMPError(ICMPError) error
+}
+
+// A Standing is how far a connection of the guest is.
+type Standing struct {
+	// Known is set when both sides have been heard of, and Settled when all that was sent is acknowledged, both ways.
+	Known, Settled bool
+	// Sent and Received are the sequence numbers that are next: of what
+	// netstack sends, and of what the guest does.
+	Sent, Received uint32
+	// GuestWindow and Window are what the guest and netstack have announced, as
+	// it is in the header.
+	GuestWindow, Window uint16
+	Timestamp           uint32 // netstack's last, 0 where there are none
 }
 
 // ICMPError describes a packet of the guest and what became of it.
@@ -88,6 +110,12 @@ type Config struct {
 	// be called by any goroutine, once.
 	DialPath func(path string, done func(fd int, errno unix.Errno))
 	Clock    Clock // nil: netstack's clock is its own
+	// NoHandover leaves all TCP connections with netstack.
+	NoHandover bool
+	// WantInside, if not nil, is called by the engine, once, when connections of
+	// the guest's could be handed over if UseInside were called. It must not
+	// block.
+	WantInside func()
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.
@@ -108,6 +136,8 @@ type Config struct {
 type Stats struct {
 	TCPActive, UDPActive, EchoActive, Dialing atomic.Int64
 	TCPTotal, UDPTotal, EchoTotal             atomic.Uint64
+	// HandedOver counts TCP connections that went on without netstack.
+	HandedOver atomic.Uint64
 	// Refused counts dials that the far side or the network refused.
 	Refused atomic.Uint64
 	// Denied counts by Reason what the policy closed; DeniedSource datagrams
@@ -252,7 +282,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		f.sweep()
 	}
 	f.takeQueue()
-	if f.runFlows() || worked {
+	ran := f.runFlows()
+	f.tcp.handOver()
+	if ran || worked {
 		f.poll.wait()
 		return nil
 	}

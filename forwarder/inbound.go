@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -44,7 +45,12 @@ type Inside interface {
 	// closes those that were not needed since it was last called.
 	Spare(six bool) int
 	Trim()
-	// Receive hands over the answers that are there.
+	// Adopt asks for a socket that is the far end of an established connection
+	// of the guest's from now on, Release says that this has ended.
+	Adopt(id uint32, c *Conn) error
+	Release(id uint32) error
+	// Receive hands over the answers that are there. The error is io.EOF where
+	// nobody is left to answer.
 	Receive(got func(id uint32, fd int, errno unix.Errno)) error
 	Close()
 }
@@ -69,6 +75,10 @@ type inboundTable struct {
 	// draining and half are what they are of a tcpTable.
 	draining map[*spliceFlow]time.Time
 	half     map[*spliceFlow]time.Time
+	// emptying are flows that were handed over and are closed at both ends, but
+	// for what the guest has yet to take, and since when.
+	emptying map[*spliceFlow]time.Time
+	adopted  int // flows that were handed over
 	pipes    pipePool
 
 	udp udpInTable
@@ -98,6 +108,8 @@ type interior struct {
 	asked   bool // is in the table's list
 	gone    bool
 	trimmed time.Time
+	// noHand is until when no connection is handed over.
+	noHand time.Time
 }
 
 // maxInsideDials bounds the sockets that are asked for of one Inside, and those of
@@ -131,6 +143,7 @@ func (t *inboundTable) init(f *Forwarder) {
 	t.connecting = make(map[*spliceFlow]time.Time)
 	t.draining = make(map[*spliceFlow]time.Time)
 	t.half = make(map[*spliceFlow]time.Time)
+	t.emptying = make(map[*spliceFlow]time.Time)
 	t.udp.init(f)
 }
 
@@ -453,6 +466,9 @@ func (in *interior) check(err error) {
 	if err != nil && !in.gone {
 		in.t.f.log.Warn("published ports are slower from now on", "err", err)
 		in.t.giveUp(in)
+		if !errors.Is(err, io.EOF) {
+			in.t.strand(in)
+		}
 	}
 }
 
@@ -473,12 +489,16 @@ func (t *inboundTable) giveUp(in *interior) {
 			t.f.tcp.dialGuest(d.arrival, t.routed(d.from), nil)
 		}
 	}
+	t.f.tcp.abandoned(in)
 	t.resume()
 }
 
 // answered takes the socket that a client has waited for.
 func (in *interior) answered(id uint32, fd int, errno unix.Errno) {
 	t := in.t
+	if t.f.tcp.adopted(in, id, fd, errno) {
+		return
+	}
 	d, ok := t.dials[id]
 	if !ok || d.in != in {
 		if fd >= 0 {
@@ -544,6 +564,7 @@ func (t *inboundTable) sweep() {
 	if len(t.draining) > 0 {
 		t.f.sweepIn(drainPoll)
 	}
+	t.sweepEmptying()
 }
 
 func (t *inboundTable) close() {

@@ -90,7 +90,9 @@ func (l *loopback) Receive(got func(uint32, int, unix.Errno)) error {
 	return nil
 }
 
-func (l *loopback) Close() { unix.Close(l.near); unix.Close(l.far) }
+func (l *loopback) Adopt(uint32, *forwarder.Conn) error { return unix.EOPNOTSUPP }
+func (l *loopback) Release(uint32) error                { return unix.EOPNOTSUPP }
+func (l *loopback) Close()                              { unix.Close(l.near); unix.Close(l.far) }
 
 // ways are the paths that a client can take.
 var ways = []struct {

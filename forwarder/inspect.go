@@ -226,8 +226,7 @@ func (d *dial) kill() {
 
 func (fl *tcpFlow) describe(to *Flow) {
 	to.Proto, to.State = TCP, fl.stateName()
-	to.Guest = netip.AddrPortFrom(addrOf(fl.id.RemoteAddress), fl.id.RemotePort)
-	to.Remote = netip.AddrPortFrom(addrOf(fl.id.LocalAddress), fl.id.LocalPort)
+	to.Guest, to.Remote = fl.ends()
 	if to.Inbound = fl.inbound; fl.inbound {
 		to.Dialled = fl.client
 	} else {
@@ -251,6 +250,7 @@ func (fl *tcpFlow) stateName() string {
 }
 
 func (fl *tcpFlow) kill() {
+	fl.t.keep(fl)
 	if fl.ep != nil {
 		fl.ep.Abort()
 	}

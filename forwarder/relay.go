@@ -67,6 +67,11 @@ type tcpFlow struct {
 	inbound, connecting bool
 	detour              *inboundPort // of [tcpTable.dialGuest]
 
+	// offer is what the guest's SYN has offered, hand what has been done to hand
+	// the flow over.
+	offer offer
+	hand  hand
+
 	// carry is what was read from the host and did not fit into the guest's
 	// send buffer; at most scratchSize.
 	carry []byte
@@ -173,17 +178,21 @@ func (fl *tcpFlow) guestGone() bool {
 // pump implements mover.
 func (fl *tcpFlow) pump() int {
 	fl.waiting = false
-	if fl.ep == nil || fl.done || fl.connecting {
+	if fl.ep == nil || fl.done || fl.connecting || fl.hand.state == handAsked {
 		return 0
 	}
 	n := fl.pumpUp(flowQuantum)
-	if !fl.done {
+	waits := fl.hand.state == handWaits
+	if !fl.done && !waits {
 		n += fl.pumpDown(flowQuantum)
 	}
 	if n > 0 {
 		fl.last = fl.t.f.clock()
+		if !fl.done {
+			fl.t.consider(fl)
+		}
 	}
-	if fl.upOpen && fl.guestReadable && fl.hostWritable || fl.downOpen && fl.hostReadable && fl.guestWritable {
+	if fl.upOpen && fl.guestReadable && fl.hostWritable || fl.downOpen && fl.hostReadable && fl.guestWritable && !waits {
 		fl.t.f.makeReady(fl)
 	}
 	return n
@@ -509,6 +518,7 @@ func (fl *tcpFlow) finish() {
 		return
 	}
 	fl.done = true
+	fl.t.keep(fl)
 	if fl.ep != nil {
 		fl.wq.EventUnregister(&fl.entry)
 		fl.ep.Close()

@@ -230,6 +230,10 @@ func pumpGuest(e *tap.Endpoint, stop, stopped chan struct{}) {
 // errorsTo adapts a stack to forwarder.Guest.
 type errorsTo struct{ *stack.Stack }
 
+func (g errorsTo) Standing(guest, remote netip.AddrPort) forwarder.Standing {
+	return forwarder.Standing(g.Stack.Standing(guest, remote))
+}
+
 func (g errorsTo) SendICMPError(e forwarder.ICMPError) error {
 	return g.Stack.SendICMPError(stack.ICMPError(e))
 }

@@ -22,6 +22,11 @@ type spliceFlow struct {
 	guest    spliceEnd
 	up, down stream // up is from the guest to the host's client
 
+	// by has made the guest's end out of a connection that the guest has begun,
+	// under this number; nil where a client has.
+	by     *interior
+	number uint32
+
 	connecting bool       // the guest has not answered yet
 	survivor   *spliceEnd // will be reset when it has taken what it was sent
 	waiting    bool       // in the ready queue
@@ -183,7 +188,7 @@ const (
 // pump implements mover.
 func (fl *spliceFlow) pump() int {
 	fl.waiting = false
-	if fl.done || fl.connecting || fl.survivor != nil {
+	if fl.done || fl.connecting || fl.survivor != nil || fl.emptying() {
 		return 0
 	}
 	n := fl.move(&fl.down, spliceQuantum)
@@ -347,7 +352,7 @@ func (fl *spliceFlow) eof(s *stream) {
 	}
 	s.open = false
 	if !fl.up.open && !fl.down.open {
-		fl.finish()
+		fl.end()
 		return
 	}
 	unix.Shutdown(s.dst.fd, unix.SHUT_WR)
@@ -418,12 +423,13 @@ func (fl *spliceFlow) finish() {
 	delete(t.draining, fl)
 	delete(t.half, fl)
 	t.f.stats.TCPActive.Add(-1)
+	fl.release()
 }
 
 // describe implements subject.
 func (e *hostEnd) describe(to *Flow) {
 	fl := e.fl
-	to.Proto, to.Inbound, to.State = TCP, true, fl.stateName()
+	to.Proto, to.Inbound, to.State = TCP, fl.by == nil, fl.stateName()
 	to.Guest, to.Remote, to.Dialled = fl.to, fl.from, fl.client
 	fl.usage.describe(fl.t.f, to)
 }
@@ -432,7 +438,7 @@ func (fl *spliceFlow) stateName() string {
 	switch {
 	case fl.connecting:
 		return StateAccepting
-	case fl.survivor != nil:
+	case fl.survivor != nil || fl.emptying():
 		return StateClosing
 	case fl.up.open && fl.down.open:
 		return StateEstablished

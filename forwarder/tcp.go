@@ -31,6 +31,12 @@ type tcpTable struct {
 	// half are flows that are closed in one direction, and since when.
 	half map[*tcpFlow]time.Time
 
+	// handing are flows that are being handed over, by the question to their
+	// Inside where that was asked.
+	handing []*tcpFlow
+	asked   map[uint32]*tcpFlow
+	cut     []cutFlow
+
 	mu        sync.Mutex                             // guards following
 	accepting map[stack.TransportEndpointID]*tcpFlow // handshakes under way
 }
@@ -57,6 +63,7 @@ func (t *tcpTable) init(f *Forwarder) {
 	t.draining = make(map[*tcpFlow]time.Time)
 	t.half = make(map[*tcpFlow]time.Time)
 	t.accepting = make(map[stack.TransportEndpointID]*tcpFlow)
+	t.asked = make(map[uint32]*tcpFlow)
 }
 
 // netstack returns what completes the handshake of the next flow.
@@ -285,6 +292,7 @@ func (t *tcpTable) reset(id stack.TransportEndpointID, syn *stack.PacketBuffer) 
 // the poller said with it.
 func (t *tcpTable) establish(id stack.TransportEndpointID, syn *stack.PacketBuffer, fd int, slot int32, events uint32) bool {
 	fl := &tcpFlow{t: t, id: id, fd: fd, slot: slot, hostReadable: events&^unix.EPOLLOUT != 0, hostWritable: true, upOpen: true, downOpen: true}
+	fl.offer.set(syn)
 	fl.hostHup = events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 	fl.urgent = events&unix.EPOLLPRI != 0
 	fl.born = t.f.clock()
@@ -367,6 +375,7 @@ func (t *tcpTable) sweep() {
 	if len(t.draining) > 0 {
 		t.f.sweepIn(drainPoll)
 	}
+	t.sweepHands()
 }
 
 func (t *tcpTable) close() {
@@ -374,10 +383,7 @@ func (t *tcpTable) close() {
 		d.drop()
 	}
 	for fl := range t.flows {
-		if fl.ep != nil {
-			fl.ep.Abort()
-		}
-		fl.resetHost()
+		fl.kill()
 	}
 }
 

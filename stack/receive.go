@@ -110,16 +110,20 @@ func (s *Stack) receive4(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 			return true
 		}
 	case uint8(header.TCPProtocolNumber):
-		return !s.admit(src, dst, l4)
+		return !s.admit(src, dst, l4, tail)
 	}
 	return false
 }
 
 // admit reports whether a TCP segment may go on to netstack: a SYN may have to
 // stay behind.
-func (s *Stack) admit(src, dst netip.Addr, l4 []byte) bool {
+func (s *Stack) admit(src, dst netip.Addr, l4, tail []byte) bool {
 	if !isSYN(l4) {
-		return true
+		return s.follow.n.Load() == 0 || !s.follow.heard(src, dst, l4, len(l4)+len(tail))
+	}
+	if s.follow.n.Load() > 0 {
+		h := header.TCP(l4) // that is another connection
+		s.Unfollow(netip.AddrPortFrom(src, h.SourcePort()), netip.AddrPortFrom(dst, h.DestinationPort()))
 	}
 	if !s.gate.take(s.clock.now()) {
 		s.stats.SYNsDropped.Add(1)
@@ -227,7 +231,7 @@ func (s *Stack) receive6(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 	case uint8(header.ICMPv6ProtocolNumber):
 		return s.receiveICMPv6(src, dst, hops, l4, tail)
 	case uint8(header.TCPProtocolNumber):
-		return !s.admit(src, dst, l4)
+		return !s.admit(src, dst, l4, tail)
 	}
 	return false // extension headers are netstack's
 }

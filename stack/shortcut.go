@@ -100,6 +100,9 @@ func deliverTCP(d stack.TransportDispatcher, proto tcpip.NetworkProtocolNumber, 
 
 // WritePacket implements stack.NetworkEndpoint.
 func (e *shortcut4) WritePacket(r *stack.Route, params stack.NetworkHeaderParams, pkt *stack.PacketBuffer) tcpip.Error {
+	if e.s.follow.n.Load() > 0 && params.Protocol == header.TCPProtocolNumber && e.s.follow.said(r, pkt) {
+		return nil
+	}
 	if !short(r, params, pkt) {
 		return e.networkEndpoint.WritePacket(r, params, pkt)
 	}
@@ -151,6 +154,9 @@ func (e *shortcut6) HandlePacket(pkt *stack.PacketBuffer) {
 
 // WritePacket implements stack.NetworkEndpoint.
 func (e *shortcut6) WritePacket(r *stack.Route, params stack.NetworkHeaderParams, pkt *stack.PacketBuffer) tcpip.Error {
+	if e.s.follow.n.Load() > 0 && params.Protocol == header.TCPProtocolNumber && e.s.follow.said(r, pkt) {
+		return nil
+	}
 	if !short(r, params, pkt) {
 		return e.networkEndpoint.WritePacket(r, params, pkt)
 	}

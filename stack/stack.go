@@ -132,6 +132,7 @@ type Stack struct {
 	icmpLim *rate.Limiter
 	ipID    atomic.Uint32
 	gate    gate
+	follow  follower
 	gather  gather
 	way     way
 	handed  []*packetConn // whose handlers took datagrams since the last Flush

@@ -577,3 +577,6 @@ func (e *Endpoint) Close() {
 		unix.Close(e.fd)
 	}
 }
+
+// Recorded reports whether somebody wants to see all frames.
+func (e *Endpoint) Recorded() bool { return e.recorder.Active() }

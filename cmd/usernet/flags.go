@@ -68,6 +68,8 @@ func (f *networkFlags) groups(defaultLevel string) []group {
 	offload := toggle{&c.NoOffload}
 	link.Var(offload, "offload", "pass packets of up to 64 KiB and leave checksums out; off is slow, and for finding faults only")
 	choices(link, "offload", []string{"on", "off"})
+	link.Var(toggle{&c.NoHandover}, "handover", "hand connections that carry much over to the guest's kernel, past the interface; off shows all of them to who listens there")
+	choices(link, "handover", []string{"on", "off"})
 
 	define(shared, &c.Network, "network", "NAME", "", text,
 		"share this network with the other guests of this user that name it: the first starts it with its settings, the last ends it")

@@ -342,11 +342,14 @@ func (a *Agent) receive() (*reply, []int, error) {
 	return r, fds, nil
 }
 
+// errEnded is io.EOF too.
+var errEnded = fmt.Errorf("the agent process has ended: %w", io.EOF)
+
 // ended names what the errors of a closed socket mean.
 func ended(err error) error {
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
-		return errors.New("the agent process has ended")
+		return errEnded
 	case errors.Is(err, net.ErrClosed):
 		return errors.New("the agent is closed")
 	case errors.Is(err, os.ErrDeadlineExceeded):

@@ -41,6 +41,8 @@ type inside struct {
 	err4     error // why there are none for clients of IPv4
 	err6     error
 	undo     []func()
+	handle   *netlink.Handle
+	adopted  map[uint32]*netlink.Rule // by the id of their connections
 	// congestion is for connections from the parent to servers inside.
 	congestion string
 	buf        [dialSize * maxDials]byte
@@ -78,7 +80,7 @@ func (in *inside) open(n *network) (*Inside, int, error) {
 
 // prepare readies the namespace.
 func (in *inside) prepare(n *network) {
-	in.congestion = n.congestion
+	in.congestion, in.handle = n.congestion, n.handle
 	lo, err := n.handle.LinkByName("lo")
 	if err != nil {
 		in.err4, in.err6 = err, err
@@ -154,6 +156,9 @@ func (in *inside) close() {
 }
 
 func (in *inside) hangUp() {
+	for id := range in.adopted {
+		in.release(id)
+	}
 	if in.fd != 0 {
 		unix.Close(in.fd)
 		in.fd = 0
@@ -169,6 +174,16 @@ func (in *inside) serve() {
 	if err == nil && n == spareSize {
 		in.serveSpares(in.buf[:n])
 		return
+	}
+	if err == nil && flags&unix.MSG_TRUNC == 0 {
+		switch n {
+		case adoptSize:
+			in.serveAdopt(in.buf[:n])
+			return
+		case releaseSize:
+			in.release(binary.NativeEndian.Uint32(in.buf[:]))
+			return
+		}
 	}
 	if err != nil || n == 0 || n%dialSize != 0 || flags&unix.MSG_TRUNC != 0 {
 		in.hangUp()

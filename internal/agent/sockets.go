@@ -194,7 +194,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 		switch {
 		case err != nil:
 		case n == 0:
-			err = errors.New("the agent process has ended")
+			err = errEnded
 		case n == spareSize && flags&unix.MSG_TRUNC == 0:
 			s.takeSpares(binary.NativeEndian.Uint32(s.in[:]), fds)
 			return nil
