@@ -233,7 +233,36 @@ func (s *Stack) receive6(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 	case uint8(header.TCPProtocolNumber):
 		return !s.admit(src, dst, l4, tail)
 	}
+	if hidesNDP(proto, l4, tail) {
+		s.stats.Malformed.Add(1)
+		return true
+	}
 	return false // extension headers are netstack's
+}
+
+// hidesNDP reports whether there is a message of neighbour discovery behind the
+// extension headers that head and tail begin with. No kernel sends such, and
+// netstack, which is to take packets for all addresses, would answer for all. It
+// refuses fragments by itself (RFC 6980 §5).
+func hidesNDP(next uint8, head, tail []byte) bool {
+	for b := head; ; tail = nil {
+		n := 8
+		switch id := header.IPv6ExtensionHeaderIdentifier(next); id {
+		case header.IPv6HopByHopOptionsExtHdrIdentifier, header.IPv6RoutingExtHdrIdentifier,
+			header.IPv6DestinationOptionsExtHdrIdentifier, header.IPv6ExperimentExtHdrIdentifier:
+			b = append(b[:len(b):len(b)], tail...)
+			if len(b) > 1 && id != header.IPv6ExperimentExtHdrIdentifier {
+				n *= int(b[1]) + 1
+			}
+		default:
+			return next == uint8(header.ICMPv6ProtocolNumber) && len(b) > 0 &&
+				header.ICMPv6RouterSolicit <= header.ICMPv6Type(b[0]) && header.ICMPv6Type(b[0]) <= header.ICMPv6RedirectMsg
+		}
+		if len(b) < n {
+			return false
+		}
+		next, b = b[0], b[n:]
+	}
 }
 
 // guest6 reports whether a packet of the guest may come from a.

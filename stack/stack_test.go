@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -80,6 +81,22 @@ func TestNeighborSolicitationIsAnswered(t *testing.T) {
 	l.inject(vnet.Header{}, ip(tGuest6, tGateway6, 58, 254, icmpPacket(tGuest6, tGateway6, 135, 0, rest)))
 	if got := l.take(); len(got) != 0 {
 		t.Errorf("a solicitation with hop limit 254 was answered")
+	}
+	// Nor does any come behind other headers, be they few or many.
+	for _, target := range []netip.Addr{tGateway6, netip.MustParseAddr("fd75:736e:6574::77")} {
+		rest := append(append(make([]byte, 4), target.AsSlice()...), 1, 1, 2, 0, 0, 0, 0, 1)
+		f := ip(tGuest6, tGateway6, 58, 255, icmpPacket(tGuest6, tGateway6, 135, 0, rest))
+		for n := range 50 {
+			f = behindOption(f)
+			if n == 20 {
+				f = slices.Concat(f[:ethLen+40], []byte{60, 200, 0, 0, 0, 0, 0, 0}, f[ethLen+40:])
+				f[ethLen+5], f[ethLen+6] = f[ethLen+5]+8, 253
+			}
+			l.inject(vnet.Header{}, f)
+			if got := l.take(); len(got) != 0 {
+				t.Fatalf("a solicitation of %v behind %d headers was answered: % x", target, n+1, got[0].b)
+			}
+		}
 	}
 }
 

@@ -765,7 +765,7 @@ func TestNeighborLies(t *testing.T) {
 		lies = append(lies, f.frame(w.Guest4, w.Gateway4, unix.IPPROTO_ICMP, append(redirect, f.udp(1, w.Guest4, rig.Web4)[ethLen:ethLen+v4Len+8]...)))
 		before := counters(t, w)
 		f.send(t, lies)
-		wantGrown(t, w, before, map[string]int{"dropped.spoofed": spoofed})
+		wantGrown(t, w, before, map[string]int{"dropped.spoofed": spoofed, "dropped.malformed": 6})
 		eui := prefix.As16()
 		copy(eui[8:], []byte{f.gateway[0] ^ 2, f.gateway[1], f.gateway[2], 0xff, 0xfe, f.gateway[3], f.gateway[4], f.gateway[5]})
 		for _, to := range []netip.Addr{netip.AddrFrom16(eui), prefix.Next(), rig.Web6, rig.Web4} {
