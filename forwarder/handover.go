@@ -55,8 +55,9 @@ const (
 	// maxHanded bounds the flows that are handed over, for each is a rule of the
 	// guest's routing.
 	maxHanded = 128
-	// handTime is how long the moment is awaited.
-	handTime = 20 * time.Millisecond
+	// handTime is how long the moment is awaited: a guest that keeps up takes what
+	// there is in less than one, another has something to do meanwhile.
+	handTime = 100 * time.Millisecond
 	// handAnswerTime is how long the guest's end may take: some system calls.
 	handAnswerTime = 3 * time.Second
 	// cutTime is how long the link loses what it still has of a flow that is gone.
