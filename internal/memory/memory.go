@@ -2,14 +2,12 @@
 package memory
 
 import (
-	"bufio"
 	"context"
-	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
-	"strings"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,30 +15,46 @@ import (
 // A Trimmer gives back memory.
 type Trimmer struct{ program [][2]uintptr }
 
-// New finds out where the program is, for which it has to read a file.
+// New finds out where the program is.
 func New() *Trimmer {
 	t := new(Trimmer)
-	f, err := os.Open("/proc/self/maps")
+	vector, err := unix.Auxv()
 	if err != nil {
 		return t
 	}
-	defer f.Close()
-	exe, err := os.Readlink("/proc/self/exe")
-	if err != nil {
+	const header, size, count = 3, 4, 5 // AT_PHDR, AT_PHENT, AT_PHNUM
+	auxv := make(map[uintptr]uintptr)
+	for _, v := range vector {
+		auxv[v[0]] = v[1]
+	}
+	at := auxv[header]
+	if at == 0 || auxv[size] != unsafe.Sizeof(programHeader{}) {
 		return t
 	}
-	var from, to uintptr
-	var mode string
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if !strings.HasSuffix(lines.Text(), " "+exe) {
-			continue
+	headers := unsafe.Slice(*(**programHeader)(unsafe.Pointer(&at)), auxv[count])
+	var base uintptr // of a program that may be anywhere
+	for _, h := range headers {
+		if h.Type == segmentHeaders {
+			base = at - h.Vaddr
 		}
-		if n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s", &from, &to, &mode); n == 3 && !strings.Contains(mode, "w") {
+	}
+	page := uintptr(os.Getpagesize())
+	for _, h := range headers {
+		// Pages that a writable segment could have a share in are left out.
+		from, to := (base+h.Vaddr+page-1)&^(page-1), (base+h.Vaddr+h.Memsz)&^(page-1)
+		if h.Type == segmentLoad && h.Flags&segmentWritable == 0 && from < to {
 			t.program = append(t.program, [2]uintptr{from, to})
 		}
 	}
 	return t
 }
+
+// Of elf(5).
+const (
+	segmentLoad     = 1 // PT_LOAD
+	segmentHeaders  = 6 // PT_PHDR
+	segmentWritable = 2 // PF_W
+)
 
 // Trim gives back free memory of the heap, and lets go of the program's pages
 // that nothing has changed: most of them only starting needed. Those that are
