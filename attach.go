@@ -21,6 +21,8 @@ type attachment struct {
 	agent *agent.Agent
 	link  agent.Link
 	owned bool // link.FD is ours to close
+
+	cleaner agent.Cleaner
 }
 
 // attach opens the link of c.
@@ -47,11 +49,6 @@ func attach(ctx context.Context, c Config) (at *attachment, err error) {
 	}
 	if at.agent, err = agent.Start(ctx, at.ns, agent.Options{Logger: c.Logger}); err != nil {
 		return at, err
-	}
-	if len(c.Cleanup) > 0 {
-		if err = at.agent.CleanupOnDeath(c.Cleanup); err != nil {
-			return at, err
-		}
 	}
 	spec := agent.LinkSpec{Name: c.Ifname, MTU: c.MTU, MAC: c.MAC, Offload: !c.NoOffload}
 	if c.Configure == ConfigureKeep {
@@ -181,6 +178,14 @@ func (at *attachment) inode() uint64 {
 	return at.ns.Inode()
 }
 
+// seesFiles tells why the helper sees the host's files, if it does.
+func (at *attachment) seesFiles() string {
+	if at.agent == nil || at.agent.SeesFiles() == nil {
+		return ""
+	}
+	return at.agent.SeesFiles().Error()
+}
+
 // gone reports whether the namespace ends about now.
 func (at *attachment) gone() bool {
 	if at.ns == nil {
@@ -200,6 +205,7 @@ func (at *attachment) deleted(err error) error {
 }
 
 func (at *attachment) close() {
+	at.cleaner.Close()
 	if at.owned {
 		closeFD(at.link.FD)
 	}

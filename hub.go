@@ -935,7 +935,7 @@ func (h *hubServer) answer(m *member, q *hubRequest, fds []int) (body any, err e
 // network is the gateway as a Network knows it.
 func (h *hubServer) network() *Network {
 	n := &Network{cfg: h.cfg, log: h.log, ready: make(chan struct{})}
-	n.live.Store(&live{h.link, 0, h.gw, h.since})
+	n.live.Store(&live{link: h.link, engine: h.gw, since: h.since})
 	return n
 }
 

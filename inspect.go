@@ -26,6 +26,7 @@ type live struct {
 	inode  uint64
 	engine engine
 	since  time.Time
+	files  string // why the agent sees them
 }
 
 // ask has f ask the engine of a running network.
@@ -91,6 +92,9 @@ type SandboxInfo struct {
 	Landlock       int  `json:"landlock"`        // version by which all files are closed; 0: the kernel has none
 	// Missing says why something is not in force.
 	Missing string `json:"missing,omitempty"`
+	// AgentFiles says why the helper process inside the namespace sees the host's
+	// files. It is empty where it does not, and where there is no helper.
+	AgentFiles string `json:"agent_files,omitempty"`
 }
 
 // A Subnet is a guest's, of one family.
@@ -160,6 +164,7 @@ func (n *Network) Info() Info {
 		} else {
 			i.Sandbox.Missing = "there is no process of its own for the gateway"
 		}
+		i.Sandbox.AgentFiles = l.files
 	} else {
 		i.Ready = false
 	}

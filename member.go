@@ -77,7 +77,7 @@ func (n *Network) runMember(ctx context.Context, at *attachment) error {
 		return fmt.Errorf("usernet: join network %s: %w", n.cfg.Network, err)
 	}
 	n.member.Store(m)
-	n.live.Store(&live{link: at.link, inode: at.inode(), since: time.Now()})
+	n.live.Store(&live{link: at.link, inode: at.inode(), since: time.Now(), files: at.seesFiles()})
 	defer func() {
 		n.live.Store(nil)
 		n.member.Store(nil)
@@ -138,6 +138,7 @@ func (n *Network) serveMember(ctx context.Context, m *membership, joined *joinRe
 	if err := pub.lookInside(ctx); err != nil {
 		return err
 	}
+	pub.keepTidy()
 	n.log.Info("ready", "interface", m.at.link.Name, "link", m.at.link.Kind, "mtu", m.at.link.MTU,
 		"offload", m.at.link.Offload, "addresses", cfg.Configure, "network", cfg.Network, "address", cfg.Guest4)
 	close(n.ready)

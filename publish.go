@@ -72,12 +72,15 @@ type publisher struct {
 	inlet inlet
 	agent *agent.Agent // nil where the namespace is out of reach
 
+	cleaner *agent.Cleaner
+
 	mu        sync.Mutex // guards following
 	published []published
 	last      int  // number of the last ID
 	warned    bool // of where there is no way inside
 	opened    bool // the way inside
 	noInside  error
+	tidy      bool // files are removed if this process is killed
 	stopped   bool
 
 	auto autoTable // of one goroutine at a time
@@ -91,7 +94,7 @@ type published struct {
 }
 
 func newPublisher(c Config, at *attachment, in inlet) *publisher {
-	return &publisher{cfg: c, log: c.Logger, inlet: in, agent: at.agent}
+	return &publisher{cfg: c, log: c.Logger, inlet: in, agent: at.agent, cleaner: &at.cleaner}
 }
 
 // An inlet is what lets clients in: an engine, or that of a shared network.
@@ -308,9 +311,18 @@ func (e *published) unlink() {
 	}
 }
 
-// cleanUpOnDeath has the agent know the unix sockets of now.
+// keepTidy sees to it that no file stays if this process is killed. It starts
+// another one, for which there is more time when all else has begun.
+func (p *publisher) keepTidy() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tidy = p.agent != nil
+	p.cleanUpOnDeath()
+}
+
+// cleanUpOnDeath names the files of now.
 func (p *publisher) cleanUpOnDeath() {
-	if p.agent == nil {
+	if !p.tidy {
 		return
 	}
 	paths := slices.Clone(p.cfg.Cleanup)
@@ -319,8 +331,8 @@ func (p *publisher) cleanUpOnDeath() {
 			paths = append(paths, e.HostPath)
 		}
 	}
-	if err := p.agent.CleanupOnDeath(paths); err != nil {
-		p.log.Warn("unix sockets would stay if usernet were killed", "err", err)
+	if err := p.cleaner.OnDeath(paths); err != nil {
+		p.log.Warn("files would stay if usernet were killed", "err", err)
 	}
 }
 

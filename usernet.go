@@ -101,7 +101,7 @@ func (n *Network) run(ctx context.Context) error {
 	}
 	defer eng.close()
 	host.follow(eng)
-	n.live.Store(&live{at.link, at.inode(), eng, time.Now()})
+	n.live.Store(&live{at.link, at.inode(), eng, time.Now(), at.seesFiles()})
 	defer n.live.Store(nil)
 	pub := newPublisher(n.cfg, at, eng)
 	n.publisher.Store(pub)
@@ -199,6 +199,7 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng eng
 	if err := pub.lookInside(ctx); err != nil {
 		return err
 	}
+	pub.keepTidy()
 	about := []any{"interface", at.link.Name, "link", at.link.Kind, "mtu", at.link.MTU,
 		"offload", at.link.Offload, "addresses", n.cfg.Configure}
 	if !n.cfg.NoDNS {

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
@@ -28,6 +27,8 @@ const (
 	requestTimeout = 10 * time.Second
 	// closeTimeout is how long an agent has to go by itself.
 	closeTimeout = time.Second
+	// reapTimeout is how long one may take to end that has been killed.
+	reapTimeout = 3 * time.Second
 )
 
 // Options of an agent. The zero value works.
@@ -49,9 +50,10 @@ type Agent struct {
 
 	reapMu sync.Mutex // guards reaped
 	reaped bool
+	exit   syscall.WaitStatus // once done is closed
 
-	cleanMu sync.Mutex // guards cleaner
-	cleaner *cleaner   // nil unless the agent cannot remove every file
+	words int   // the read end of its standard error
+	seen  error // why it sees the host's files, if it does
 
 	closing sync.Once
 }
@@ -85,17 +87,25 @@ func start(ctx context.Context, ns *netns.Namespace, o Options) (*Agent, error) 
 		return nil, err
 	}
 	defer null.Close()
+	// Whoever stops the agent, or has its descriptors, must not have anybody wait.
+	var words [2]int
+	if err := unix.Pipe2(words[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("make a pipe: %w", err)
+	}
+	defer unix.Close(words[1])
 	c, err := newChild(agentName, environment())
 	if err != nil {
 		conn.Close()
+		unix.Close(words[0])
 		return nil, err
 	}
-	c.null, c.socket, c.netns = int(null.Fd()), int(theirs.Fd()), int(ns.File().Fd())
+	c.null, c.socket, c.netns, c.stderr = int(null.Fd()), int(theirs.Fd()), int(ns.File().Fd()), words[1]
 	if owner := ns.Owner(); owner != nil {
 		c.user = int(owner.Fd())
 	}
 
-	a := &Agent{log: o.Logger, done: make(chan struct{}), conn: conn, buf: make([]byte, maxMessage)}
+	a := &Agent{log: o.Logger, done: make(chan struct{}), conn: conn, buf: make([]byte, maxMessage), words: words[0]}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -108,9 +118,11 @@ func start(ctx context.Context, ns *netns.Namespace, o Options) (*Agent, error) 
 	theirs.Close() // or its end would never be seen
 	if err := a.hello(ctx); err != nil {
 		conn.Close()
-		a.kill()
-		<-a.done
-		return nil, err
+		a.end(0)
+		return nil, a.blame(err)
+	}
+	if a.seen != nil && c.user >= 0 {
+		a.log.Info("the helper process inside the namespace sees the host's files", "why", a.seen)
 	}
 	return a, nil
 }
@@ -120,10 +132,11 @@ func start(ctx context.Context, ns *netns.Namespace, o Options) (*Agent, error) 
 func (a *Agent) own(c *child, started chan<- error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	pid, err := c.start()
-	a.pid = pid
+	pid, seen, err := c.start()
+	a.pid, a.seen = pid, seen
 	started <- err
 	if err != nil {
+		unix.Close(a.words)
 		return
 	}
 	// Wait first without reaping: until then the number is the agent's, and
@@ -135,12 +148,45 @@ func (a *Agent) own(c *child, started chan<- error) {
 		}
 	}
 	a.reapMu.Lock()
-	status, _ := wait(pid)
+	a.exit, _ = wait(pid)
 	a.reaped = true
 	a.reapMu.Unlock()
-	a.log.Debug("agent ended", "pid", pid, "status", int(status))
+	a.log.Debug("agent ended", "pid", pid, "status", int(a.exit))
+	b := make([]byte, maxMessage)
+	if n, _ := unix.Read(a.words, b); n > 0 {
+		a.log.Warn("the helper process inside the namespace has left a message", "words", string(b[:n]))
+	}
+	unix.Close(a.words)
 	close(a.done)
 }
+
+// end waits until the agent has ended, and kills it if that takes longer than
+// grace. It gives up on one that a process of the container traces, and so keeps
+// for itself even when it is dead.
+func (a *Agent) end(grace time.Duration) {
+	timer := time.AfterFunc(grace, a.kill)
+	defer timer.Stop()
+	select {
+	case <-a.done:
+	case <-time.After(grace + reapTimeout):
+		a.log.Warn("the helper process inside the namespace has been killed, but somebody who traces it keeps it", "pid", a.pid)
+	}
+}
+
+// blame says more of an agent that has ended with nothing said.
+func (a *Agent) blame(err error) error {
+	select {
+	case <-a.done:
+		if errors.Is(err, errEnded) && a.exit.Signaled() && a.exit.Signal() == syscall.SIGSYS {
+			return fmt.Errorf("%w: a filter of system calls has killed it: have that let mount, umount2 and pivot_root through, or fail", err)
+		}
+	default:
+	}
+	return err
+}
+
+// SeesFiles tells why the agent sees the host's files; nil: it does not.
+func (a *Agent) SeesFiles() error { return a.seen }
 
 func (a *Agent) kill() {
 	a.reapMu.Lock()
@@ -184,9 +230,15 @@ func (a *Agent) Done() <-chan struct{} { return a.done }
 // OpenLink makes the link and hands over its far end.
 func (a *Agent) OpenLink(spec LinkSpec) (Link, error) {
 	r, fds, err := a.call(&request{Op: opLink, Link: &spec})
-	if err == nil && (r.Link == nil || len(fds) != 1) {
-		rights.Close(fds)
-		err = errors.New("the answer has no link")
+	if err == nil {
+		if r.Link == nil || len(fds) != 1 {
+			err = errors.New("the answer has no link")
+		} else if err = r.Link.check(spec, fds[0]); err != nil {
+			err = fmt.Errorf("the answer has a bad link: %w", err)
+		}
+		if err != nil {
+			rights.Close(fds)
+		}
 	}
 	if err != nil {
 		return Link{}, fmt.Errorf("agent: open link: %w", err)
@@ -245,29 +297,6 @@ func (a *Agent) SetDefaultRoute6(on bool) error {
 	return nil
 }
 
-// CleanupOnDeath names files that are to be removed if this process is killed
-// without a chance to remove them itself. They should exist: a file that another
-// process has put in the place of one of them meanwhile is left alone. Close
-// without a word removes nothing.
-func (a *Agent) CleanupOnDeath(paths []string) error {
-	absolute := make([]string, len(paths))
-	for i, p := range paths {
-		var err error
-		if absolute[i], err = filepath.Abs(p); err != nil {
-			return fmt.Errorf("agent: register file: %w", err)
-		}
-	}
-	r, fds, err := a.call(&request{Op: opCleanup, Paths: absolute})
-	rights.Close(fds)
-	if err == nil && len(r.Paths) > 0 {
-		err = a.clean(r.Paths)
-	}
-	if err != nil {
-		return fmt.Errorf("agent: register file: %w", err)
-	}
-	return nil
-}
-
 // Close ends the agent. Links that were opened stay with their owners.
 func (a *Agent) Close() error {
 	a.closing.Do(func() {
@@ -278,10 +307,7 @@ func (a *Agent) Close() error {
 		a.mu.Lock()
 		a.conn.Close()
 		a.mu.Unlock()
-		timer := time.AfterFunc(closeTimeout, a.kill)
-		<-a.done
-		timer.Stop()
-		a.replaceCleaner(nil)
+		a.end(closeTimeout)
 	})
 	return nil
 }
@@ -327,18 +353,20 @@ func (a *Agent) callWithin(limit time.Duration, q *request) (*reply, []int, erro
 func (a *Agent) receive() (*reply, []int, error) {
 	control := make([]byte, unix.CmsgSpace(maxFDs*4))
 	n, controlN, flags, _, err := a.conn.ReadMsgUnix(a.buf, control)
+	fds, fdErr := rights.Decode(control[:controlN])
 	if err != nil {
+		rights.Close(fds) // beside nothing
 		return nil, nil, ended(err)
 	}
-	fds, err := rights.Decode(control[:controlN])
-	if err != nil {
-		return nil, nil, fmt.Errorf("read descriptors: %w", err)
+	if fdErr != nil {
+		return nil, nil, fmt.Errorf("read descriptors: %w", fdErr)
 	}
 	r := new(reply)
 	if err := decode(a.buf[:n], flags, r); err != nil {
 		rights.Close(fds)
 		return nil, nil, fmt.Errorf("read answer: %w", err)
 	}
+	r.clean()
 	return r, fds, nil
 }
 
@@ -399,11 +427,13 @@ func explain(err error, ns *netns.Namespace) error {
 	switch isStep := errors.As(err, &s); {
 	case isStep && s.step == stepJoin && errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: that one belongs to uid %d, this is uid %d: run usernet as that user or as root", err, ns.OwnerUID(), os.Geteuid())
+	case isStep && s.step == stepMounts && errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w: user.max_mnt_namespaces is used up, or the container has lowered its own: without one the container could see files of the host", err)
 	case isStep && s.step == stepExec && errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: the namespace's root is another user there: make the binary executable for all (chmod a+rx)", err)
 	case isStep && s.step == stepExec && errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("%w: mount /proc", err)
-	case !isStep && errors.Is(err, unix.EPERM) && ns.Owner() == nil:
+	case isStep && s.step == stepNetwork && errors.Is(err, unix.EPERM) && ns.Owner() == nil:
 		return fmt.Errorf("%w: the namespace belongs to the user namespace this process is in: run usernet as root there (CAP_SYS_ADMIN and CAP_NET_ADMIN)", err)
 	}
 	return err

@@ -3,25 +3,29 @@ package agent
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/memory"
 )
 
 // A registered file, and what it was at the time.
 type registered struct {
-	path     string
-	dev, ino uint64 // 0 where it did not exist yet
+	Path     string
+	Dev, Ino uint64 // 0 where it did not exist yet
 }
 
 func register(path string) registered {
 	var st unix.Stat_t
 	if unix.Lstat(path, &st) != nil {
-		return registered{path: path}
+		return registered{Path: path}
 	}
 	return registered{path, uint64(st.Dev), st.Ino}
 }
@@ -29,34 +33,67 @@ func register(path string) registered {
 // remove unlinks the file, unless a successor has made its own in its place.
 func (r registered) remove() {
 	var st unix.Stat_t
-	if unix.Lstat(r.path, &st) != nil || r.ino != 0 && (uint64(st.Dev) != r.dev || st.Ino != r.ino) {
+	if unix.Lstat(r.Path, &st) != nil || r.Ino != 0 && (uint64(st.Dev) != r.Dev || st.Ino != r.Ino) {
 		return
 	}
-	_ = unix.Unlink(r.path)
+	_ = unix.Unlink(r.Path)
 }
 
-// removable reports whether this process may unlink the file, as far as that
-// can be told without trying.
-func removable(path string) bool {
-	dir := filepath.Dir(path)
-	var in, it unix.Stat_t
-	if unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS) != nil || unix.Stat(dir, &in) != nil {
-		return false
-	}
-	// In a sticky directory such as /tmp it takes the file's owner, or its own.
-	uid := uint32(os.Geteuid())
-	return in.Mode&unix.S_ISVTX == 0 || in.Uid == uid || unix.Lstat(path, &it) == nil && it.Uid == uid
+// A Cleaner removes files if this process is killed without a chance to do so
+// itself. It is a process of its own, since the agent sees no files. The zero value
+// has none to remove.
+type Cleaner struct {
+	mu      sync.Mutex // guards following
+	process *cleaning  // nil: there are none
+	closed  bool
 }
 
-// A cleaner is a second process that removes the files the agent cannot, for
-// it has become another user: root attached to somebody's container.
-type cleaner struct {
-	pipe io.WriteCloser
+// cleaning is the process, and the pipe at whose end it cleans up.
+type cleaning struct {
 	cmd  *exec.Cmd
+	pipe io.WriteCloser
 }
 
-// clean starts the cleaner for paths.
-func (a *Agent) clean(paths []string) error {
+// OnDeath names the files, in the place of those that were named before. They
+// should exist: a file that another process has put in the place of one of them
+// meanwhile is left alone.
+func (c *Cleaner) OnDeath(paths []string) error {
+	files := make([]registered, len(paths))
+	for i, p := range paths {
+		absolute, err := filepath.Abs(p)
+		if err != nil {
+			return fmt.Errorf("agent: register file: %w", err)
+		}
+		files[i] = register(absolute)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	var next *cleaning
+	if len(paths) > 0 {
+		var err error
+		if next, err = startCleaning(files); err != nil {
+			return fmt.Errorf("agent: register file: %w", err)
+		}
+	}
+	c.process.dismiss()
+	c.process = next
+	return nil
+}
+
+// Close removes nothing. OnDeath does nothing from then on.
+func (c *Cleaner) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.process.dismiss()
+	c.process, c.closed = nil, true
+}
+
+// startCleaning starts the process. It need not be up for the files to be removed:
+// what it has to know waits in the pipe.
+func startCleaning(files []registered) (*cleaning, error) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{cleanerName}
 	cmd.Env = environment()
@@ -65,52 +102,40 @@ func (a *Agent) clean(paths []string) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	pipe, err := cmd.StdinPipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := cmd.Start(); err != nil {
-		return err
+		return nil, err
 	}
-	c := &cleaner{pipe, cmd}
-	if err := json.NewEncoder(pipe).Encode(paths); err != nil {
+	c := &cleaning{cmd, pipe}
+	if err := json.NewEncoder(pipe).Encode(files); err != nil {
 		c.dismiss()
-		return err
+		return nil, err
 	}
-	a.replaceCleaner(c)
-	return nil
+	return c, nil
 }
 
-// replaceCleaner puts c, which may be nil, in the place of the cleaner there is.
-func (a *Agent) replaceCleaner(c *cleaner) {
-	a.cleanMu.Lock()
-	old := a.cleaner
-	a.cleaner = c
-	a.cleanMu.Unlock()
-	if old != nil {
-		old.dismiss()
+// dismiss ends the process with nothing removed.
+func (c *cleaning) dismiss() {
+	if c == nil {
+		return
 	}
-}
-
-// dismiss ends the cleaner with nothing removed.
-func (c *cleaner) dismiss() {
 	_ = c.cmd.Process.Kill()
 	_ = c.pipe.Close()
 	_ = c.cmd.Wait()
 }
 
-// runCleaner is the cleaner's process: it reads the paths and waits for the
+// runCleaner is the cleaner's process: it reads the files and waits for the
 // pipe's end, which without a kill before it means that the parent was killed.
 func runCleaner() error {
 	ignoreSignals()
 	in := json.NewDecoder(os.Stdin)
-	var paths []string
-	if err := in.Decode(&paths); err != nil {
+	var files []registered
+	if err := in.Decode(&files); err != nil {
 		return err
 	}
-	files := make([]registered, len(paths))
-	for i, p := range paths {
-		files[i] = register(p)
-	}
-	if err := in.Decode(&paths); !errors.Is(err, io.EOF) {
+	memory.Trim() // it waits as long as the container lives
+	if err := in.Decode(new(any)); !errors.Is(err, io.EOF) {
 		return err
 	}
 	for _, f := range files {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +16,7 @@ import (
 const (
 	socketFD = 3 // its end of the socket pair
 	netnsFD  = 4 // the network namespace to join
-	errorFD  = 5 // where the child says which step failed; exec closes it
+	errorFD  = 5 // where the child says which steps failed; exec closes it
 	firstFD  = 6 // closed from here on
 )
 
@@ -26,12 +27,19 @@ const (
 	stepNone step = iota
 	stepDescriptors
 	stepJoin
+	stepNetwork
 	stepSession
 	stepBecomeRoot
 	stepCapabilities
 	stepAmbient
 	stepParent
 	stepExec
+
+	// Without these the agent can do its work.
+	stepMounts
+	stepBinary
+	stepRoot
+	stepLeave
 )
 
 func (s step) String() string {
@@ -40,6 +48,8 @@ func (s step) String() string {
 		return "arrange descriptors"
 	case stepJoin:
 		return "join the owning user namespace"
+	case stepNetwork:
+		return "join the network namespace"
 	case stepSession:
 		return "start a session"
 	case stepBecomeRoot:
@@ -52,6 +62,14 @@ func (s step) String() string {
 		return "find the parent alive"
 	case stepExec:
 		return "execute /proc/self/exe"
+	case stepMounts:
+		return "make a mount namespace"
+	case stepBinary:
+		return "mount the binary read-only"
+	case stepRoot:
+		return "make an empty root"
+	case stepLeave:
+		return "leave the old root"
 	}
 	return fmt.Sprintf("step %d", uint32(s))
 }
@@ -74,11 +92,16 @@ type child struct {
 	null   int
 	socket int
 	netns  int
+	stderr int
 	errors int
 	maxFD  uintptr
 
-	root   *byte
-	path   *byte
+	binary  *byte        // its path; nil leaves the agent the host's files
+	program unix.Statx_t // what is there
+	found   unix.Statx_t
+	exe     uintptr // descriptor of it, once it is protected
+	left    bool    // the host's files
+
 	uidMap *byte
 	gidMap *byte
 	argv   []*byte
@@ -96,7 +119,7 @@ func newChild(name string, env []string) (*child, error) {
 	for _, p := range []struct {
 		to   **byte
 		path string
-	}{{&c.root, "/"}, {&c.path, "/proc/self/exe"}, {&c.uidMap, "/proc/self/uid_map"}, {&c.gidMap, "/proc/self/gid_map"}} {
+	}{{&c.uidMap, "/proc/self/uid_map"}, {&c.gidMap, "/proc/self/gid_map"}} {
 		if *p.to, err = syscall.BytePtrFromString(p.path); err != nil {
 			return nil, err
 		}
@@ -117,16 +140,18 @@ func newChild(name string, env []string) (*child, error) {
 }
 
 // start forks, and returns when the child has executed the binary anew or has
-// failed to. The caller has locked its thread, for the child dies with that.
-func (c *child) start() (pid int, err error) {
+// failed to. seen is why the agent sees the host's files, if it does. The caller
+// has locked its thread, for the child dies with that.
+func (c *child) start() (pid int, seen, err error) {
+	seen = c.prepareHide()
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		return 0, fmt.Errorf("make a pipe: %w", err)
+		return 0, nil, fmt.Errorf("make a pipe: %w", err)
 	}
 	defer unix.Close(pipe[0])
 	// The child puts its descriptors at 0 to 5 one by one, so none of them may
 	// be there already.
-	fds := []*int{&c.null, &c.socket, &c.netns, &c.errors, &c.user}
+	fds := []*int{&c.null, &c.socket, &c.netns, &c.stderr, &c.errors, &c.user}
 	c.errors = pipe[1]
 	for i, fd := range fds {
 		if *fd < 0 {
@@ -138,7 +163,7 @@ func (c *child) start() (pid int, err error) {
 			for _, made := range fds[:i] {
 				unix.Close(*made)
 			}
-			return 0, fmt.Errorf("duplicate descriptor: %w", err)
+			return 0, nil, fmt.Errorf("duplicate descriptor: %w", err)
 		}
 		*fd = high
 	}
@@ -154,32 +179,62 @@ func (c *child) start() (pid int, err error) {
 		}
 	}
 	if errno != 0 {
-		return 0, fmt.Errorf("clone: %w", errno)
+		return 0, nil, fmt.Errorf("clone: %w", errno)
 	}
 	pid = int(id)
-	if err := readFailure(pipe[0]); err != nil {
+	failed, err := readFailures(pipe[0], startTimeout)
+	if err != nil {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
 		_, _ = wait(pid)
-		return 0, err
+		return 0, nil, err
 	}
-	return pid, nil
+	if failed != nil {
+		seen = failed
+	}
+	return pid, seen, nil
 }
 
-// readFailure reads the child's pipe: nothing in it is success.
-func readFailure(fd int) error {
+// readFailures reads the child's pipe: nothing in it is success. A failure that
+// the agent can do with is returned as seen. The container's processes may belong
+// to the same user, and stop the child, so there is a limit.
+func readFailures(fd int, limit time.Duration) (seen, err error) {
 	var f failure
 	b := (*[unsafe.Sizeof(f)]byte)(unsafe.Pointer(&f))[:]
-	for {
-		n, err := unix.Read(fd, b)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return fmt.Errorf("read the child's pipe: %w", err)
-		case n == 0:
-			return nil
+	for deadline := time.Now().Add(limit); ; {
+		left := time.Until(deadline)
+		if left <= 0 {
+			return nil, errors.New("the child does not get going: something has stopped it")
 		}
-		return &stepError{f.step, f.errno}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if n <= 0 {
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return nil, fmt.Errorf("wait for the child: %w", err)
+			}
+			continue
+		}
+		switch n, err := unix.Read(fd, b); {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return nil, fmt.Errorf("read the child's pipe: %w", err)
+		case n == 0:
+			return seen, nil
+		case f.mild():
+			seen = &stepError{f.step, f.errno}
+		default:
+			return nil, &stepError{f.step, f.errno}
+		}
 	}
+}
+
+// mild reports whether the agent can do without the step. It cannot where something
+// is used up, for that the container may have brought about, in order to get at the
+// host's files. The root of a user namespace may even limit mount namespaces in it.
+func (f failure) mild() bool {
+	switch f.errno {
+	case unix.ENOSPC, unix.EUSERS, unix.EDQUOT, unix.ENOMEM, unix.EAGAIN, unix.EMFILE, unix.ENFILE:
+		return false
+	}
+	return f.step >= stepMounts
 }
 
 // stepError tells which step failed before the exec.
@@ -254,17 +309,37 @@ func (c *child) run() {
 	if errno == 0 {
 		errno = c.join()
 	}
+	hide := errno == 0 && c.binary != nil
+	if hide {
+		if e := c.protectBinary(); e != 0 {
+			hide = false
+			c.report(e)
+		}
+	}
 	if errno == 0 {
 		errno = c.takeRights()
+	}
+	if errno == 0 && hide {
+		if e := c.leaveFiles(); e != 0 {
+			c.report(e)
+		}
 	}
 	if errno == 0 {
 		errno = c.execute()
 	}
-	c.failed.errno = errno
-	syscall.RawSyscall(syscall.SYS_WRITE, errorFD, uintptr(unsafe.Pointer(&c.failed)), unsafe.Sizeof(c.failed))
+	c.report(errno)
 	for {
 		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 1, 0, 0)
 	}
+}
+
+// report tells the parent which step has failed.
+//
+//go:nosplit
+//go:norace
+func (c *child) report(errno syscall.Errno) {
+	c.failed.errno = errno
+	syscall.RawSyscall(syscall.SYS_WRITE, errorFD, uintptr(unsafe.Pointer(&c.failed)), unsafe.Sizeof(c.failed))
 }
 
 // moveFDs puts the descriptors where the agent finds them. The originals are all
@@ -283,6 +358,9 @@ func (c *child) moveFDs() (errno syscall.Errno) {
 	if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(c.null), 1, 0); errno != 0 {
 		return errno
 	}
+	if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(c.stderr), 2, 0); errno != 0 {
+		return errno
+	}
 	if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(c.socket), socketFD, 0); errno != 0 {
 		return errno
 	}
@@ -290,7 +368,8 @@ func (c *child) moveFDs() (errno syscall.Errno) {
 	return errno
 }
 
-// join enters the user namespace, and leaves behind what is the caller's.
+// join enters the namespaces, and leaves behind what is the caller's. Whoever
+// traces the agent finds it in the container's network from the first.
 //
 //go:nosplit
 //go:norace
@@ -300,6 +379,10 @@ func (c *child) join() (errno syscall.Errno) {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, uintptr(c.user), unix.CLONE_NEWUSER, 0); errno != 0 {
 			return errno
 		}
+	}
+	c.failed.step = stepNetwork
+	if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, netnsFD, unix.CLONE_NEWNET, 0); errno != 0 {
+		return errno
 	}
 	// Whatever else is open belongs to the caller, close-on-exec or not: the
 	// write end of a pipe that somebody reads until its end, for example.
@@ -314,7 +397,7 @@ func (c *child) join() (errno syscall.Errno) {
 	if _, _, errno = syscall.RawSyscall(syscall.SYS_SETSID, 0, 0, 0); errno != 0 {
 		return errno
 	}
-	syscall.RawSyscall(syscall.SYS_CHDIR, uintptr(unsafe.Pointer(c.root)), 0, 0)
+	syscall.RawSyscall(syscall.SYS_CHDIR, cstring(pathRoot), 0, 0)
 	return 0
 }
 
@@ -360,14 +443,16 @@ func (c *child) takeRights() (errno syscall.Errno) {
 // (/proc/sys/kernel/overflowuid; nobody changes it).
 const overflowID = 65534
 
+// atCWD is AT_FDCWD, whose sign does not fit.
+const atCWD = ^uintptr(-unix.AT_FDCWD - 1)
+
 // firstID reads the first id of a map, or what no map has: ^0.
 //
 //go:nosplit
 //go:norace
 func firstID(path *byte) uintptr {
 	var b [32]byte
-	// The first argument is AT_FDCWD, whose sign does not fit.
-	fd, _, errno := syscall.RawSyscall6(syscall.SYS_OPENAT, ^uintptr(-unix.AT_FDCWD-1), uintptr(unsafe.Pointer(path)), syscall.O_RDONLY, 0, 0, 0)
+	fd, _, errno := syscall.RawSyscall6(syscall.SYS_OPENAT, atCWD, uintptr(unsafe.Pointer(path)), syscall.O_RDONLY, 0, 0, 0)
 	if errno != 0 {
 		return ^uintptr(0)
 	}
@@ -430,7 +515,13 @@ func (c *child) execute() (errno syscall.Errno) {
 		return syscall.ESRCH
 	}
 	c.failed.step = stepExec
-	_, _, errno = syscall.RawSyscall(syscall.SYS_EXECVE, uintptr(unsafe.Pointer(c.path)),
-		uintptr(unsafe.Pointer(&c.argv[0])), uintptr(unsafe.Pointer(&c.envv[0])))
+	argv, envv := uintptr(unsafe.Pointer(&c.argv[0])), uintptr(unsafe.Pointer(&c.envv[0]))
+	if c.left {
+		_, _, errno = syscall.RawSyscall6(unix.SYS_EXECVEAT, c.exe, cstring(pathNone), argv, envv, unix.AT_EMPTY_PATH, 0)
+		return errno
+	}
+	syscall.RawSyscall(syscall.SYS_CHDIR, cstring(pathRoot), 0, 0)
+	syscall.RawSyscall(syscall.SYS_CHDIR, cstring(pathSysctl), 0, 0)
+	_, _, errno = syscall.RawSyscall(syscall.SYS_EXECVE, cstring(pathSelf), argv, envv)
 	return errno
 }

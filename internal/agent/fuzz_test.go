@@ -12,7 +12,7 @@ func FuzzProtocol(f *testing.F) {
 	for _, m := range []any{
 		request{Op: opLink, Link: &LinkSpec{Kind: TAP, Name: "tap0", MTU: 65520, MAC: []byte{2, 0, 0, 0, 0, 1}, Offload: true}},
 		request{Op: opConfigure, Addresses: &Addresses{Addr4: netip.MustParsePrefix("10.0.2.100/24"), Gateway4: netip.MustParseAddr("10.0.2.2")}},
-		request{Op: opCleanup, Paths: []string{"/run/a", ""}}, request{Op: opRoute6, On: true},
+		request{Op: opRoute6, On: true},
 		reply{Error: "no", Errno: 1}, reply{Link: &Link{Kind: Veth, Name: "tap0"}}, reply{View: &View{}, Status: &Status{Warnings: []string{"x"}}},
 	} {
 		b, err := json.Marshal(m)

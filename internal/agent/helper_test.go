@@ -56,6 +56,8 @@ type helperResult struct {
 	FD     int // again, for it is no part of the link on the wire
 	FDs    int
 	Took   time.Duration
+
+	cleaner *Cleaner
 }
 
 var testAddresses = &Addresses{
@@ -78,7 +80,7 @@ func helpAttach() error {
 		return err
 	}
 	out := json.NewEncoder(os.Stdout)
-	var r helperResult
+	r := helperResult{cleaner: new(Cleaner)}
 	a, err := r.attach(order)
 	if err != nil {
 		r.Err = err.Error()
@@ -88,6 +90,8 @@ func helpAttach() error {
 	}
 	if a != nil {
 		defer a.Close()
+		cleaner := r.cleaner
+		defer cleaner.Close()
 	}
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
@@ -159,7 +163,7 @@ func (r *helperResult) use(a *Agent, order helperOrder) (err error) {
 		}
 	}
 	if order.Cleanup != nil {
-		return a.CleanupOnDeath(order.Cleanup)
+		return r.cleaner.OnDeath(order.Cleanup)
 	}
 	return nil
 }

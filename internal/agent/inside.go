@@ -29,9 +29,9 @@ const (
 
 // insideSysctls are what the mark needs, by family: the first serves both.
 var insideSysctls = []string{
-	"/proc/sys/net/ipv4/tcp_fwmark_accept",
-	"/proc/sys/net/ipv4/fwmark_reflect",
-	"/proc/sys/net/ipv6/fwmark_reflect",
+	"ipv4/tcp_fwmark_accept",
+	"ipv4/fwmark_reflect",
+	"ipv6/fwmark_reflect",
 }
 
 // inside makes sockets for the parent. The zero value has made no preparation.
@@ -113,7 +113,7 @@ func (in *inside) sysctl(path, value string) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("set %s: %w", path, err)
+		return fmt.Errorf("set %s%s: %w", sysctlDir, path, err)
 	}
 	return nil
 }

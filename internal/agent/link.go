@@ -201,7 +201,7 @@ func (n *network) farEnd(spec LinkSpec) (d tap.Device, err error) {
 // namespace. /proc/sys may be read-only; silence does the same by netlink.
 func disable6() {
 	for _, conf := range []string{"all", "default"} {
-		_ = writeFile("/proc/sys/net/ipv6/conf/"+conf+"/disable_ipv6", "1")
+		_ = writeFile("ipv6/conf/"+conf+"/disable_ipv6", "1")
 	}
 }
 

@@ -275,7 +275,7 @@ func TestNoTun(t *testing.T) {
 	for name, test := range map[string]struct{ arrange, why string }{
 		"missing":      {"d=$(mktemp -d) && mount --bind $d /dev/net && rmdir $d", "is missing"},
 		"null":         {"mount --bind /dev/null /dev/net/tun", "is something else"},
-		"regular file": {"f=$(mktemp) && mount --bind $f /dev/net/tun && rm $f", "is something else"},
+		"regular file": {"d=$(mktemp -d) && mount -t tmpfs none $d && touch $d/f && mount --bind $d/f /dev/net/tun && umount $d && rmdir $d", "is something else"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := os.Stat("/dev/net"); err != nil {

@@ -45,6 +45,9 @@ func (a *Agent) Listening(addrs ...netip.Addr) (Listening, error) {
 	if err == nil && r.Listening == nil {
 		err = errors.New("the answer has no ports")
 	}
+	if err == nil {
+		err = r.Listening.check()
+	}
 	if err != nil {
 		return Listening{}, fmt.Errorf("agent: look for servers: %w", err)
 	}
@@ -60,7 +63,7 @@ type socketTable struct {
 // listening answers Listening.
 func (t *socketTable) listening(addrs []netip.Addr) (*Listening, error) {
 	l := &Listening{}
-	text, err := readFile("/proc/sys/net/ipv4/ip_local_port_range")
+	text, err := readFile("ipv4/ip_local_port_range")
 	if err == nil {
 		_, err = fmt.Sscan(strings.TrimSpace(text), &l.LocalFrom, &l.LocalTo)
 	}

@@ -9,11 +9,11 @@ import (
 	"runtime/debug"
 	"sync/atomic"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/usernet/usernet/internal/memory"
-	"github.com/usernet/usernet/internal/netns"
 	"github.com/usernet/usernet/internal/rights"
 )
 
@@ -69,6 +69,8 @@ func run() error {
 		return err
 	}
 	ignoreSignals()
+	name := agentName + "\x00" // it has been executed by a number
+	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(unsafe.StringData(name))), 0, 0, 0)
 	// What a process of the same user, or of the container, could read of this
 	// one by ptrace is nobody's business.
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -119,14 +121,10 @@ const idleAfter = 200
 type server struct {
 	net     *network
 	sockets socketTable
-	files   []registered
 	inside  inside
 }
 
 func newServer() (*server, error) {
-	if err := netns.Enter(netnsFD); err != nil {
-		return nil, fmt.Errorf("join the network namespace: %w", err)
-	}
 	n, err := newNetwork()
 	if err != nil {
 		return nil, err
@@ -134,8 +132,8 @@ func newServer() (*server, error) {
 	return &server{net: n}, nil
 }
 
-// serve says that the agent is inside, and answers until the parent says goodbye or is gone; in the latter case it
-// removes the registered files.
+// serve says that the agent is inside, and answers until the parent says goodbye or
+// is gone.
 func (s *server) serve() error {
 	if err := send(socketFD, reply{}, nil); err != nil {
 		return err
@@ -151,7 +149,7 @@ func (s *server) serve() error {
 		s.await()
 		n, err := receive(buf)
 		if err != nil || n == 0 {
-			s.cleanup()
+			s.inside.close()
 			return err
 		}
 		var q request
@@ -166,7 +164,7 @@ func (s *server) serve() error {
 			return nil
 		}
 		if err != nil {
-			s.cleanup()
+			s.inside.close()
 			return err
 		}
 	}
@@ -224,13 +222,6 @@ func receive(buf []byte) (int, error) {
 	}
 }
 
-func (s *server) cleanup() {
-	s.inside.close()
-	for _, f := range s.files {
-		f.remove()
-	}
-}
-
 // answer does what is asked. The descriptors are passed on, then closed.
 func (s *server) answer(q *request) (reply, []int) {
 	var (
@@ -252,8 +243,6 @@ func (s *server) answer(q *request) (reply, []int) {
 		r.View, err = s.net.look(q.Name)
 	case q.Op == opRoute6:
 		err = s.net.setDefaultRoute6(q.On)
-	case q.Op == opCleanup:
-		r.Paths = s.register(q.Paths)
 	case q.Op == opCutOff:
 		r.Count, err = s.net.cutOff()
 	case q.Op == opListening:
@@ -272,21 +261,4 @@ func (s *server) answer(q *request) (reply, []int) {
 		return failed(err), nil
 	}
 	return r, fds
-}
-
-// register notes files to be removed, and returns those that the agent may not
-// remove. From now on the socket's end is what the agent dies of: the kernel's
-// signal would come first and leave the files.
-func (s *server) register(paths []string) []string {
-	_ = unix.Prctl(unix.PR_SET_PDEATHSIG, 0, 0, 0, 0)
-	s.files = nil
-	var others []string
-	for _, p := range paths {
-		if !removable(p) {
-			others = append(others, p)
-			continue
-		}
-		s.files = append(s.files, register(p))
-	}
-	return others
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -138,7 +137,7 @@ func (n *network) speaks6(status *Status) bool {
 }
 
 func (n *network) sysctl6Path(name string) string {
-	return filepath.Join("/proc/sys/net/ipv6/conf", n.link.Attrs().Name, name)
+	return "ipv6/conf/" + n.link.Attrs().Name + "/" + name
 }
 
 func (n *network) sysctl6(name, value string) error {

@@ -28,7 +28,6 @@ const (
 	opSetUp     = "set-up"
 	opLook      = "look"
 	opRoute6    = "default-route6"
-	opCleanup   = "cleanup"
 	opSockets   = "sockets"
 	opListening = "listening"
 	opCutOff    = "cut-off"
@@ -40,7 +39,6 @@ type request struct {
 	Link      *LinkSpec  `json:"link,omitempty"`
 	Addresses *Addresses `json:"addresses,omitempty"`
 	On        bool       `json:"on,omitempty"`
-	Paths     []string   `json:"paths,omitempty"`
 	Name      string     `json:"name,omitempty"`
 	// Addrs are of opListening: where clients of the servers come to.
 	Addrs []netip.Addr `json:"addrs,omitempty"`
@@ -55,7 +53,6 @@ type reply struct {
 	View      *View         `json:"view,omitempty"`
 	Count     int           `json:"count,omitempty"`
 	Listening *Listening    `json:"listening,omitempty"`
-	Paths     []string      `json:"paths,omitempty"` // of opCleanup: what the agent cannot remove
 }
 
 // LinkKind chooses the device that a namespace gets.

@@ -64,9 +64,13 @@ type spares struct {
 // returned gets no more answers.
 func (a *Agent) Sockets() (*Sockets, error) {
 	r, fds, err := a.call(&request{Op: opSockets})
-	if err == nil && (r.Inside == nil || len(fds) != 1) {
-		rights.Close(fds)
-		err = errors.New("the answer has no socket")
+	if err == nil {
+		if err = errors.New("the answer has no socket"); r.Inside != nil && len(fds) == 1 {
+			err = checkSocket(fds[0], unix.AF_UNIX, unix.SOCK_SEQPACKET)
+		}
+		if err != nil {
+			rights.Close(fds)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("agent: open sockets: %w", err)
