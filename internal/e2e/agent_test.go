@@ -392,4 +392,3 @@ func TestAgentSeesFiles(t *testing.T) {
 	a.HangUp()
 	a.WantExit(t, 0, 2*time.Second)
 }
-
