@@ -428,7 +428,7 @@ func explain(err error, ns *netns.Namespace) error {
 	case isStep && s.step == stepJoin && errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: that one belongs to uid %d, this is uid %d: run usernet as that user or as root", err, ns.OwnerUID(), os.Geteuid())
 	case isStep && s.step == stepMounts && errors.Is(err, unix.ENOSPC):
-		return fmt.Errorf("%w: user.max_mnt_namespaces is used up, or the container has lowered its own: without one the container could see files of the host", err)
+		return fmt.Errorf("%w: user.max_mnt_namespaces or user.max_ipc_namespaces is used up, or the container has lowered its own: without them it could see files of the host", err)
 	case isStep && s.step == stepExec && errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: the namespace's root is another user there: make the binary executable for all (chmod a+rx)", err)
 	case isStep && s.step == stepExec && errors.Is(err, unix.ENOENT):

@@ -36,6 +36,7 @@ const (
 	stepExec
 
 	// Without these the agent can do its work.
+	stepAlone
 	stepMounts
 	stepBinary
 	stepRoot
@@ -99,8 +100,9 @@ type child struct {
 	binary  *byte        // its path; nil leaves the agent the host's files
 	program unix.Statx_t // what is there
 	found   unix.Statx_t
-	exe     uintptr // descriptor of it, once it is protected
-	left    bool    // the host's files
+	mounts  [2]uint64 // where a struct mnt_ns_info would go
+	exe     uintptr   // descriptor of it, once it is protected
+	left    bool      // the host's files
 
 	uidMap *byte
 	gidMap *byte
@@ -234,7 +236,7 @@ func (f failure) mild() bool {
 	case unix.ENOSPC, unix.EUSERS, unix.EDQUOT, unix.ENOMEM, unix.EAGAIN, unix.EMFILE, unix.ENFILE:
 		return false
 	}
-	return f.step >= stepMounts
+	return f.step >= stepAlone
 }
 
 // stepError tells which step failed before the exec.
@@ -243,7 +245,13 @@ type stepError struct {
 	errno syscall.Errno
 }
 
-func (e *stepError) Error() string { return e.step.String() + ": " + e.errno.Error() }
+func (e *stepError) Error() string {
+	if e.step == stepAlone {
+		return "this kernel has root of a container find all mount namespaces of its user namespace, and so the host's files while the agent leaves them: a newer one does not"
+	}
+	return e.step.String() + ": " + e.errno.Error()
+}
+
 func (e *stepError) Unwrap() error { return e.errno }
 
 // wait reaps the process pid.

@@ -22,7 +22,7 @@ import (
 //     could keep /proc/AGENT/exe, and write to the file when nobody executes it
 //     any more.
 //
-// System V IPC and keys of the user's session stay behind as well.
+// System V IPC stays behind as well.
 
 // sysctlDir is where the agent works: sysctls of the network have paths from here.
 const sysctlDir = "/proc/sys/net/"
@@ -33,6 +33,7 @@ const (
 	pathAbove   = "/..\x00" // what is mounted on the root
 	pathHere    = ".\x00"
 	pathSelf    = "/proc/self/exe\x00"
+	pathMounts  = "/proc/self/ns/mnt\x00"
 	pathSysctl  = "/proc/sys/net\x00"
 	pathTun     = "/dev/net/tun\x00"
 	pathNone    = "\x00"
@@ -42,6 +43,10 @@ const (
 	typeTmpfs   = "tmpfs\x00"
 	optionsRoot = "size=4k,nr_inodes=8,mode=755\x00"
 )
+
+// nextMounts is NS_MNT_GET_NEXT of include/uapi/linux/nsfs.h. What it is to read has
+// 16 bytes, and an architecture's own bits for that are those of any such request.
+const nextMounts = unix.TUNGETIFF&0xe0000000 | 16<<16 | 0xb7<<8 | 11
 
 // cstring is where a constant C string is.
 //
@@ -92,6 +97,18 @@ func dynamic() bool {
 //go:norace
 //go:nocheckptr
 func (c *child) protectBinary() (errno syscall.Errno) {
+	// For a moment the new namespace has the host's files, and belongs to the
+	// container's user namespace already. From Linux 6.12 on until that was mended, root
+	// there could walk from its own mount namespace to all the others.
+	c.failed.step = stepAlone
+	own, _, errno := syscall.RawSyscall6(syscall.SYS_OPENAT, atCWD, cstring(pathMounts), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	_, _, errno = syscall.RawSyscall(syscall.SYS_IOCTL, own, nextMounts, uintptr(unsafe.Pointer(&c.mounts)))
+	if errno == 0 || errno == syscall.ENOENT {
+		return syscall.EXDEV
+	}
 	c.failed.step = stepMounts
 	_, _, errno = syscall.RawSyscall(syscall.SYS_UNSHARE, unix.CLONE_NEWNS|unix.CLONE_NEWIPC, 0, 0)
 	if errno == syscall.EINVAL { // no CONFIG_IPC_NS
@@ -100,7 +117,6 @@ func (c *child) protectBinary() (errno syscall.Errno) {
 	if errno != 0 {
 		return errno
 	}
-	syscall.RawSyscall(unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0, 0)
 	// What is unmounted outside goes here too, but nothing gets out.
 	if errno = mount(0, cstring(pathRoot), 0, unix.MS_SLAVE|unix.MS_REC, 0); errno != 0 {
 		return errno

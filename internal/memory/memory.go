@@ -49,7 +49,13 @@ func New() *Trimmer {
 	return t
 }
 
-// Of elf(5).
+// programHeader is Elf64_Phdr of elf(5).
+type programHeader struct {
+	Type, Flags           uint32
+	_, Vaddr, _, _, Memsz uintptr
+	_                     uintptr
+}
+
 const (
 	segmentLoad     = 1 // PT_LOAD
 	segmentHeaders  = 6 // PT_PHDR
