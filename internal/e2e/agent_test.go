@@ -18,33 +18,8 @@ import (
 	"github.com/usernet/usernet/internal/rig"
 )
 
-// helperOf finds a child of usernet's by its name.
-func helperOf(t *testing.T, a *rig.Attach, name string) int {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", a.PID, a.PID))
-	entries := strings.Fields(string(b))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A child belongs to the thread that has made it.
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", a.PID))
-	for _, task := range tasks {
-		b, _ := os.ReadFile(task)
-		entries = append(entries, strings.Fields(string(b))...)
-	}
-	for _, pid := range entries {
-		if line, _ := os.ReadFile("/proc/" + pid + "/cmdline"); strings.TrimRight(string(line), "\x00") == name {
-			var n int
-			fmt.Sscan(pid, &n)
-			return n
-		}
-	}
-	t.Fatalf("usernet has no child %s", name)
-	return 0
-}
-
 // agentOf finds the agent, which has to be one that sees no files.
-func agentOf(t *testing.T, w *world, a *rig.Attach) int {
+func agentOf(t *testing.T, w *world) int {
 	t.Helper()
 	var info struct {
 		Sandbox struct {
@@ -60,7 +35,7 @@ func agentOf(t *testing.T, w *world, a *rig.Attach) int {
 	case why != "":
 		t.Errorf("the agent sees files: %s", why)
 	}
-	return helperOf(t, a, "usernet-agent")
+	return helperOf(t, w)
 }
 
 // intrude tries what gives one process a look into another, and tells what has
@@ -260,9 +235,9 @@ func TestAgentLookedInto(t *testing.T) {
 	eachLink(t, func(t *testing.T, w *world) {
 		w.Guest.ServeOn(t, false)
 		a := w.attach(t, "-p", "8090:"+itoa(rig.Services.Talk))
-		agent := agentOf(t, w, a)
+		agent := agentOf(t, w)
 		for name, pid := range map[string]int{
-			"usernet": a.PID, "usernet-worker": workerOf(t, w), "usernet-cleaner": helperOf(t, a, "usernet-cleaner"),
+			"usernet": a.PID, "usernet-worker": workerOf(t, w), "usernet-cleaner": processOf(t, w, "usernet-cleaner"),
 		} {
 			if worked := intrude.On(t, w.Guest, pid); len(worked) > 0 {
 				t.Errorf("the guest can look into %s: %v", name, worked)
@@ -321,7 +296,7 @@ func TestAgentBinary(t *testing.T) {
 	own := filepath.Join(w.Dir, "usernet-own")
 	w.User.Must(t, "cp", rig.Binary(t), own)
 	a := w.AttachFrom(t, w.User, w.Guest, rig.AttachOptions{Prefix: []string{"sh", "-c", `shift; exec ` + own + ` "$@"`, "sh"}})
-	agent := agentOf(t, w, a)
+	agent := agentOf(t, w)
 	keepBinary.On(t, w.Guest, agent)
 	a.HangUp()
 	a.WantExit(t, 0, 2*time.Second)
@@ -331,9 +306,9 @@ func TestAgentBinary(t *testing.T) {
 	}
 }
 
-// TestAgentStopped: who stops the agent, or keeps it by tracing it, stops nothing
-// else, and usernet ends in time.
-func TestAgentStopped(t *testing.T) {
+// TestAgentHeld: a guest that stops the agent, or keeps it by tracing it, stops
+// nothing else, and usernet ends in time.
+func TestAgentHeld(t *testing.T) {
 	rig.NeedUsernet(t)
 	for name, hold := range map[string]func(t *testing.T, w *world, pid int){
 		"stopped": func(t *testing.T, w *world, pid int) { w.Guest.Must(t, "kill", "-STOP", itoa(pid)) },
@@ -342,7 +317,7 @@ func TestAgentStopped(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := onTap(t)
 			a := w.attach(t)
-			hold(t, w, helperOf(t, a, "usernet-agent"))
+			hold(t, w, helperOf(t, w))
 			mustCtl(t, w, "info")
 			wantNetwork(t, w.Guest, false)
 			a.Signal(syscall.SIGTERM)

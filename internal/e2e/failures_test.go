@@ -87,9 +87,15 @@ func intact(t *testing.T, what string, talk rig.Talk, all []rig.Results) {
 // helperOf finds the process inside the guest's namespace.
 func helperOf(t *testing.T, w *world) int {
 	t.Helper()
-	found := w.Leftovers(t, "usernet-agent")
+	return processOf(t, w, "usernet-agent")
+}
+
+// processOf finds the one process of a name.
+func processOf(t *testing.T, w *world, name string) int {
+	t.Helper()
+	found := w.Leftovers(t, name)
 	if len(found) != 1 {
-		t.Fatalf("agents: %q", found)
+		t.Fatalf("%s: %q", name, found)
 	}
 	pid, err := strconv.Atoi(strings.Fields(found[0])[0])
 	if err != nil {

@@ -147,7 +147,10 @@ var listProcesses = NewFunc("rig.processes", func(_ context.Context, names []str
 		first, _, _ := strings.Cut(line, " ")
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 		exe = strings.TrimSuffix(exe, " (deleted)")
-		if slices.Contains(names, filepath.Base(exe)) || slices.Contains(names, filepath.Base(first)) {
+		// An agent's binary has no path, but it is called usernet-agent.
+		if slices.Contains(names, filepath.Base(exe)) || slices.ContainsFunc(names, func(name string) bool {
+			return filepath.Base(first) == name || strings.HasPrefix(first, name+"-")
+		}) {
 			found = append(found, fmt.Sprintf("%d %s (%s)", pid, line, exe))
 		}
 	}
