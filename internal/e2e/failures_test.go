@@ -483,7 +483,7 @@ func TestAgentStopped(t *testing.T) {
 	if took := time.Since(began); took > patience {
 		t.Errorf("the next worker took %v", took)
 	}
-	a.WaitOutput(t, "no faster way", 5*time.Second)
+	a.WaitOutput(t, "faster way", 5*time.Second)
 	wantPaths(t, w)
 	b := w.Net.Guest(t)
 	end := w.Attach(t, b, w.flags...)
