@@ -209,7 +209,7 @@ func TestManyFlows(t *testing.T) {
 	w.attach(t)
 	worker := workerOf(t, w)
 	alive(t, w, worker)
-	before := holdings(t, w, worker)
+	before, files := holdings(t, w, worker), filesOf(t, w)
 	h := holding{Addr: web(false, rig.Services.Echo), TCP: n, UDP: datagrams, Workers: 32}
 	all := n + datagrams
 	opened := openFlows.On(t, w.Guest, h)
@@ -242,11 +242,11 @@ func TestManyFlows(t *testing.T) {
 		if !long {
 			left += datagrams
 		}
-		return after.Goroutines <= before.Goroutines+10 && after.Flows <= left+2 && (!long || after.Anon <= before.Anon+12<<10)
+		return after.Goroutines <= before.Goroutines+10 && after.Flows <= left+2 && filesOf(t, w) <= left+files+10 && (!long || after.Anon <= before.Anon+12<<10)
 	}) {
 		t.Errorf("not everything was given back: %+v, before %+v", after, before)
 	}
-	t.Logf("after %+v, descriptors %d: %s", after, filesOf(t, w), dropped(t, w))
+	t.Logf("after %+v, descriptors %d, before %d: %s", after, filesOf(t, w), files, dropped(t, w))
 	alive(t, w, worker)
 }
 

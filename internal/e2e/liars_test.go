@@ -119,6 +119,33 @@ func TestResolvConfReplacedOften(t *testing.T) {
 	alive(t, w, worker)
 }
 
+// TestResolvConfUnwatched: where the user has no inotify left, resolv.conf is
+// followed all the same.
+func TestResolvConfUnwatched(t *testing.T) {
+	rig.NeedUsernet(t)
+	w := onTap(t)
+	servers := []string{"198.51.100.51", "198.51.100.52"}
+	for i, server := range servers {
+		startDNS(t, w.Internet, server, fmt.Sprintf("--address=/who.test/192.0.2.%d", i))
+	}
+	if o := w.Host.Run(t, "sysctl", "-w", "user.max_inotify_instances=0"); o.Code != 0 {
+		rig.Missing(t, "limit of inotify instances: %s", o.Stderr)
+	}
+	w.Host.WriteEtc(t, "resolv.conf", "nameserver "+servers[0]+"\n")
+	a := w.attach(t)
+	a.WaitOutput(t, "cannot watch resolv.conf", 5*time.Second)
+	for i := range 4 {
+		w.Host.WriteEtc(t, "resolv.conf", "nameserver "+servers[i%2]+"\n")
+		if !rig.Poll(5*time.Second, func() bool {
+			answers, _ := dig(t, w.Guest, w.DNS4, fmt.Sprintf("n%d.who.test", time.Now().UnixNano()))
+			return len(answers) == 1 && answers[0] == fmt.Sprintf("192.0.2.%d", i%2)
+		}) {
+			t.Fatalf("change %d is not followed", i)
+		}
+	}
+	wantIdle(t, w, a.PID)
+}
+
 // lie is the address that the liar gives out.
 const lie = "203.0.113.66"
 
