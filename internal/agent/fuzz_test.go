@@ -3,6 +3,7 @@ package agent
 import (
 	"encoding/json"
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -34,6 +35,16 @@ func FuzzProtocol(f *testing.F) {
 		if decode(b, 0, &r) == nil {
 			if again, err := json.Marshal(r); err != nil || decode(again, 0, new(reply)) != nil {
 				t.Errorf("reply %q becomes %q, %v", b, again, err)
+			}
+			r.clean()
+			if strings.ContainsAny(r.Error, "\x1b\r\n") {
+				t.Errorf("reply %q is printed as %q", b, r.Error)
+			}
+			if r.Link != nil && r.Link.check(LinkSpec{Name: r.Link.Name, Kind: r.Link.Kind}, -1) == nil {
+				t.Errorf("reply %q is taken without a descriptor", b)
+			}
+			if r.Listening != nil {
+				_ = r.Listening.check()
 			}
 		}
 		if len(b) == dialSize {
