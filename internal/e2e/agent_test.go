@@ -341,6 +341,9 @@ var holdByTrace = rig.NewFunc("e2e.holdByTrace", func(_ context.Context, pid int
 // does not get one that sees files.
 func TestAgentLimited(t *testing.T) {
 	rig.NeedUsernet(t)
+	if strings.Contains(os.Getenv("USERNET_RIG_BUILD"), "-race") {
+		t.Skip("the race detector brings cgo, and that files to begin with")
+	}
 	w := onTap(t)
 	w.Guest.Must(t, "sh", "-c", "echo 0 > /proc/sys/user/max_mnt_namespaces")
 	a := w.AttachFrom(t, w.User, w.Guest, rig.AttachOptions{NoWait: true})
