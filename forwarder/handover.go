@@ -255,6 +255,8 @@ func (t *tcpTable) replace(fl *tcpFlow, fd int) {
 	if s.guest.slot, err = t.f.poll.add(fd, spliceEvents, &s.guest); err != nil {
 		t.f.log.Warn("a connection is lost", "err", err)
 		unix.Close(fd)
+		s.by.check(s.by.Release(s.number))
+		fl.hand.state = handWaits // nobody is asked any more
 		fl.kill()
 		return
 	}
@@ -373,7 +375,7 @@ func (fl *spliceFlow) release() {
 func (t *inboundTable) sweepEmptying() {
 	for fl, since := range t.emptying {
 		switch {
-		case unsent(fl.guest.fd) == 0:
+		case fl.guest.failed || unsent(fl.guest.fd) == 0:
 			fl.finish()
 		case t.f.now.Sub(since) > emptyTime:
 			fl.abort()
