@@ -61,8 +61,8 @@ type hooks struct {
 	leases4  func([]dhcp.SavedLease)
 	leases6  func([]dhcp.SavedLease)
 	learned  func([]forwarder.Learned)
-	// wantInside asks for useInside, once.
-	wantInside func()
+	// wantInside asks for the way into a guest, once for each.
+	wantInside func(guest netip.Addr)
 }
 
 // newGateway joins the rooms on an open link, whose descriptor it takes.

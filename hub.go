@@ -156,6 +156,7 @@ const (
 	eventEnd      = "end"      // the network was removed
 	eventGone     = "gone"     // the member's interface was
 	eventWorker   = "worker"   // there is another one, which needs a way into the guest
+	eventWant     = "want"     // the way into the guest could serve it
 )
 
 type hubRequest struct {
@@ -291,6 +292,7 @@ type member struct {
 	addr6  netip.Addr
 	number uint64                // as the worker knows it
 	ports  map[uint64]hubForward // by the member's own numbers
+	wanted bool                  // the way into it, by the worker
 }
 
 type hubForward struct {
@@ -585,7 +587,7 @@ func (h *hubServer) open(q *joinRequest) error {
 	s := seed{Records: c.records(), Default6: c.hasIPv6() && (c.IPv6 == IPv6On || h.host.default6())}
 	h.host.sow(&s)
 	ctx, cancel := context.WithCancel(context.Background())
-	gw, err := startShared(ctx, c, link, s, h.tellRestart)
+	gw, err := startShared(ctx, c, link, s, h.tellRestart, h.tellWanted)
 	if err != nil {
 		cancel()
 		h.host.close()
@@ -635,6 +637,18 @@ func (h *hubServer) tellRestart() {
 	defer h.mu.Unlock()
 	for _, m := range h.members {
 		go m.conn.Send(hubReply{Event: eventWorker})
+	}
+}
+
+// tellWanted has a member give the worker the way into it, once.
+func (h *hubServer) tellWanted(guest netip.Addr) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.members {
+		if !m.wanted && slices.Contains(m.addresses(), guest) {
+			m.wanted = true
+			go m.conn.Send(hubReply{Event: eventWant})
+		}
 	}
 }
 

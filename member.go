@@ -160,6 +160,8 @@ func (n *Network) serveMember(ctx context.Context, m *membership, joined *joinRe
 				return tap.ErrGone
 			case eventWorker:
 				m.openAgain(ctx)
+			case eventWant:
+				pub.handOver(ctx)
 			case eventDefault6:
 				if err := m.at.setDefaultRoute6(e.On); err != nil {
 					n.log.Warn("cannot change the IPv6 default route inside", "on", e.On, "err", err)

@@ -258,19 +258,6 @@ func (p *publisher) openInside(ctx context.Context) {
 	}
 }
 
-// wanted tells that somebody has asked for something, whenever and how often that
-// was.
-type wanted chan struct{}
-
-func newWanted() wanted { return make(wanted, 1) }
-
-func (w wanted) want() {
-	select {
-	case w <- struct{}{}:
-	default:
-	}
-}
-
 func (p *publisher) remove(id string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -36,8 +36,8 @@ type remote struct {
 	// sockets inside, and cut off the guest's connections through the last.
 	sockets func() (*agent.Sockets, error)
 	cutOff  func() (int, error)
-	wanted  wanted        // the way to sockets inside
-	rate    *rate.Limiter // of the worker's log records
+	wanted  func(guest netip.Addr) // the way to sockets inside
+	rate    *rate.Limiter          // of the worker's log records
 	// shared has the guests come and go: there is no link. restarted, if it is not
 	// nil, is called when another worker has taken over.
 	shared    bool
@@ -130,9 +130,9 @@ const (
 )
 
 // startRemote has a worker serve a link.
-func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *launch, w wanted) (*remote, error) {
+func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *launch, wanted func(netip.Addr)) (*remote, error) {
 	r := newRemote(c, at.link, s)
-	r.wanted = w
+	r.wanted = wanted
 	if at.agent != nil {
 		r.sockets, r.cutOff = at.agent.Sockets, at.agent.CutOff
 	}
@@ -143,9 +143,9 @@ func startRemote(ctx context.Context, c Config, at *attachment, s seed, first *l
 }
 
 // startShared has a worker serve a network whose guests come and go.
-func startShared(ctx context.Context, c Config, link agent.Link, s seed, restarted func()) (*remote, error) {
+func startShared(ctx context.Context, c Config, link agent.Link, s seed, restarted func(), wanted func(netip.Addr)) (*remote, error) {
 	r := newRemote(c, link, s)
-	r.shared, r.restarted = true, restarted
+	r.shared, r.restarted, r.wanted = true, restarted, wanted
 	if err := r.start(ctx, launchWorker()); err != nil {
 		return nil, err
 	}
@@ -464,7 +464,11 @@ func (r *remote) answer(w *incarnation, q *worker.Request) (any, []int, error) {
 		}
 		r.learn(l)
 	case opWant:
-		r.wanted.want()
+		var guest netip.Addr
+		if err := q.Decode(&guest); err != nil {
+			return nil, nil, err
+		}
+		r.wanted(guest)
 	case opGone:
 		var number uint64
 		if err := q.Decode(&number); err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,7 +29,7 @@ type Network struct {
 	publisher atomic.Pointer[publisher]  // likewise
 	member    atomic.Pointer[membership] // likewise, on a shared network
 
-	wanted wanted // the way to sockets inside
+	wanted chan struct{} // that somebody wants the way to sockets inside
 }
 
 // New checks c. It starts nothing.
@@ -37,7 +38,7 @@ func New(c Config) (*Network, error) {
 		return nil, err
 	}
 	c = c.withDefaults()
-	return &Network{cfg: c, log: c.Logger, ready: make(chan struct{}), wanted: newWanted()}, nil
+	return &Network{cfg: c, log: c.Logger, ready: make(chan struct{}), wanted: make(chan struct{}, 1)}, nil
 }
 
 // AgentMain takes over in usernet's helper processes; it has to be the first
@@ -161,7 +162,7 @@ func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, f
 	s := seed{Records: n.cfg.records(), Default6: n.default6(host)}
 	host.sow(&s)
 	if first != nil {
-		r, err := startRemote(ctx, n.cfg, at, s, first, n.wanted)
+		r, err := startRemote(ctx, n.cfg, at, s, first, n.want)
 		if err == nil {
 			return r, nil
 		}
@@ -173,11 +174,19 @@ func (n *Network) startEngine(ctx context.Context, at *attachment, host *host, f
 		n.log.Info("the gateway runs in this process, without a sandbox: the program does not begin with usernet.AgentMain")
 	}
 	at.owned = false // the gateway's, from here on
-	gw, err := newGateway(n.cfg, at.link, s, hooks{wantInside: n.wanted.want})
+	gw, err := newGateway(n.cfg, at.link, s, hooks{wantInside: n.want})
 	if err != nil {
 		return nil, err
 	}
 	return gw, nil
+}
+
+// want asks for the way to sockets inside, whenever and how often that is.
+func (n *Network) want(netip.Addr) {
+	select {
+	case n.wanted <- struct{}{}:
+	default:
+	}
 }
 
 // default6 reports whether the guest gets an IPv6 default route.

@@ -45,7 +45,7 @@ const (
 	opLearned = "learned" // addresses that rules for names allow
 	opDial    = "dial"    // a unix socket of the host
 	opGone    = "gone"    // the link of a member
-	opWant    = "want"    // the way inside, for connections to be handed over
+	opWant    = "want"    // the way into a guest, for connections to be handed over
 )
 
 // startOrder is what a worker begins with.
@@ -375,7 +375,7 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 		leases6:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases6, l) }),
 		learned:  s.learned.add,
 
-		wantInside: func() { s.tell(opWant, nil) },
+		wantInside: func(guest netip.Addr) { s.tell(opWant, guest) },
 	})
 	if err != nil {
 		return nil, err

@@ -112,10 +112,10 @@ type Config struct {
 	Clock    Clock // nil: netstack's clock is its own
 	// NoHandover leaves all TCP connections with netstack.
 	NoHandover bool
-	// WantInside, if not nil, is called by the engine, once, when connections of
-	// the guest's could be handed over if UseInside were called. It must not
-	// block.
-	WantInside func()
+	// WantInside, if not nil, is called by the engine, once for each guest, when
+	// connections of that guest's could be handed over if UseInside were called.
+	// It must not block.
+	WantInside func(guest netip.Addr)
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.

@@ -124,16 +124,25 @@ func (t *tcpTable) consider(fl *tcpFlow) {
 		return
 	}
 	if h.in == nil {
-		if want := t.f.cfg.WantInside; want != nil && len(in.insides) == 0 {
-			t.f.cfg.WantInside = nil
-			want()
-		}
+		in.want(addrOf(fl.id.RemoteAddress))
 		return
 	}
 	h.state, h.until = handWatches, t.f.now.Add(handTime)
 	t.handing = append(t.handing, fl)
 	t.f.guest.Follow(fl.ends())
 	t.f.sweepIn(handTime)
+}
+
+// maxWanted bounds the guests whose insides were asked for.
+const maxWanted = 4096
+
+// want asks for the way into a guest.
+func (t *inboundTable) want(guest netip.Addr) {
+	if t.f.cfg.WantInside == nil || t.wanted[guest] || len(t.wanted) >= maxWanted {
+		return
+	}
+	t.wanted[guest] = true
+	t.f.cfg.WantInside(guest)
 }
 
 // handOver asks for the guest's end of flows whose moment has come.

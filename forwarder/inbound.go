@@ -78,7 +78,8 @@ type inboundTable struct {
 	// emptying are flows that were handed over and are closed at both ends, but
 	// for what the guest has yet to take, and since when.
 	emptying map[*spliceFlow]time.Time
-	adopted  int // flows that were handed over
+	adopted  int                 // flows that were handed over
+	wanted   map[netip.Addr]bool // guests whose insides were asked for
 	pipes    pipePool
 
 	udp udpInTable
@@ -144,6 +145,7 @@ func (t *inboundTable) init(f *Forwarder) {
 	t.draining = make(map[*spliceFlow]time.Time)
 	t.half = make(map[*spliceFlow]time.Time)
 	t.emptying = make(map[*spliceFlow]time.Time)
+	t.wanted = make(map[netip.Addr]bool)
 	t.udp.init(f)
 }
 
@@ -178,6 +180,7 @@ func (f *Forwarder) UseInside(ctx context.Context, in Inside, guests ...netip.Ad
 // go through netstack.
 func (f *Forwarder) DropInside(ctx context.Context, guest netip.Addr) error {
 	return f.Do(ctx, func() {
+		delete(f.inbound.wanted, guest)
 		if in := f.inbound.insides[guest]; in != nil {
 			f.inbound.giveUp(in)
 		}

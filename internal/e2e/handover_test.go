@@ -299,3 +299,47 @@ func TestHandoverEnds(t *testing.T) {
 	a.Signal(syscall.SIGKILL)
 	p.WaitOutput(t, "ended: [Errno 104]", 10*time.Second)
 }
+
+// TestHandoverNetwork: connections of the guests of a shared network are handed
+// over too, and those of one that comes back in the place of another.
+func TestHandoverNetwork(t *testing.T) {
+	rig.NeedTools(t, "ip")
+	s := newShared(t)
+	const mib = 1 << 20
+	first := s.join(t, "blue", "first") // keeps the network
+	total := func() (stats struct {
+		Flows struct {
+			HandedOver int `json:"handed_over"`
+		}
+	}) {
+		t.Helper()
+		p := s.usernet(t, "stats", "--json", "--netns", first.guest.NetnsPath())
+		if err := json.Unmarshal([]byte(p.stdout), &stats); err != nil {
+			t.Fatalf("stats: %v: %s", err, p.stderr)
+		}
+		return stats
+	}
+	for _, six := range []bool{false, true} {
+		m := s.join(t, "blue", "second")
+		before := total().Flows.HandedOver
+		for range 10 { // the first may be over before the way inside is open
+			talk := rig.Talk{
+				Addr:   web(six, rig.Services.Talk),
+				Client: []rig.Step{rig.Exchange(24*mib, 1)}, Server: []rig.Step{rig.Exchange(24*mib, 1000)},
+			}
+			all, err := talk.Do(m.guest, s.Internet, 120*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantSame(t, "both ways at once", all[0], 24*mib, 24*mib)
+			if total().Flows.HandedOver > before {
+				break
+			}
+		}
+		if total().Flows.HandedOver == before {
+			t.Error("no connection was handed over")
+		}
+		m.Signal(syscall.SIGTERM)
+		m.WantExit(t, 0, time.Minute)
+	}
+}
