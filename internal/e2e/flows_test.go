@@ -216,8 +216,11 @@ func TestManyFlows(t *testing.T) {
 	if opened.Good != all {
 		t.Errorf("%d of %d flows were opened: %s", opened.Good, all, opened.First)
 	}
-	now := holdings(t, w, worker)
-	if now.Flows < all || now.Goroutines > before.Goroutines+20 {
+	var now held
+	if !rig.Poll(5*time.Second, func() bool {
+		now = holdings(t, w, worker)
+		return now.Flows >= all && now.Goroutines <= before.Goroutines+20
+	}) {
 		t.Errorf("%+v, before %+v", now, before)
 	}
 	used := useFlows.On(t, w.Guest, h)
