@@ -57,6 +57,7 @@ type seed struct {
 
 // hooks are what a gateway has others do, or tells them. All may be nil.
 type hooks struct {
+	alone    bool // this process does nothing else
 	dialPath func(path string, done func(fd int, errno unix.Errno))
 	leases4  func([]dhcp.SavedLease)
 	leases6  func([]dhcp.SavedLease)
@@ -108,7 +109,7 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 	toHost.Loopback = c.NoGuard // the host's resolver may answer only to the host
 	g.fwd, err = forwarder.New(forwarder.Config{
 		Netstack: g.stack.Netstack(), Link: dev, Guest: guest{g.stack}, Policy: policy,
-		Clock: g.stack, Outbound: toHost, Reverse: servers(c.Reverse), DialPath: h.dialPath, NoHandover: c.NoHandover, WantInside: h.wantInside, Logger: c.Logger,
+		Clock: g.stack, Alone: h.alone, Outbound: toHost, Reverse: servers(c.Reverse), DialPath: h.dialPath, NoHandover: c.NoHandover, WantInside: h.wantInside, Logger: c.Logger,
 	})
 	if err != nil {
 		g.stack.Close()

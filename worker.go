@@ -370,6 +370,7 @@ func (s *workerServer) start(r *worker.Request) (*sandbox.Status, error) {
 	go s.sends.Send(s.conn, opLog)
 	o.Config.Logger = s.log
 	g, err := open(o.Config, o.Link, o.Seed, hooks{
+		alone:    true,
 		dialPath: s.dialPath,
 		leases4:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases4, l) }),
 		leases6:  tellLast(func(l []dhcp.SavedLease) { _ = s.conn.Note(opLeases6, l) }),

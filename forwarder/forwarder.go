@@ -116,6 +116,9 @@ type Config struct {
 	// connections of that guest's could be handed over if UseInside were called.
 	// It must not block.
 	WantInside func(guest netip.Addr)
+	// Alone says that this process does nothing else, so that where GOMAXPROCS is 1
+	// the engine may keep other goroutines waiting for a millisecond.
+	Alone bool
 
 	// MaxDials bounds connection attempts under way, default 16384; the
 	// guest's kernel repeats what is dropped beyond.
@@ -165,6 +168,7 @@ type Forwarder struct {
 	poll *poller
 	wake waker
 	spin spinner
+	nap  napper
 
 	linkReady bool
 	linkBatch int
@@ -249,6 +253,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	if _, err := f.poll.add(f.cfg.Link.FD(), unix.EPOLLIN, linkEvents{f}); err != nil {
 		return fmt.Errorf("forwarder: watch link: %w", err)
 	}
+	f.nap.allowed = f.cfg.Alone && runtime.GOMAXPROCS(0) == 1
 	stop := context.AfterFunc(ctx, func() { f.wake.wake() })
 	defer stop()
 	for ctx.Err() == nil {
@@ -282,9 +287,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		f.sweep()
 	}
 	f.takeQueue()
-	ran := f.runFlows()
+	f.runFlows()
 	f.tcp.handOver()
-	if ran || worked {
+	if worked || f.ready.n > 0 {
 		f.poll.wait()
 		return nil
 	}
@@ -295,6 +300,10 @@ func (f *Forwarder) turn(ctx context.Context) error {
 	if f.cfg.Link.Held() {
 		until = f.now.Add(heldTimeout)
 	}
+	if f.nap.due && until.Sub(f.now) >= napTime {
+		f.takeNap()
+		return nil
+	}
 	// Before sleeping is set: wake has the last word about the time.
 	f.poll.arm(until)
 	f.wake.sleeping.Store(true)
@@ -304,7 +313,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		}
 		start := f.now
 		if f.poll.sleep() {
-			f.spin.woken(time.Since(start))
+			slept := time.Since(start)
+			f.spin.woken(slept)
+			f.nap.woken(slept)
 		}
 	}
 	f.wake.sleeping.Store(false)
@@ -334,19 +345,15 @@ const (
 	flowCost = turnBudget / 64
 )
 
-// runFlows gives flows their turns until the budget is spent, and reports
-// whether there were any.
-func (f *Forwarder) runFlows() bool {
-	ran := false
+// runFlows gives flows their turns until the budget is spent.
+func (f *Forwarder) runFlows() {
 	for budget := turnBudget; budget > 0; {
 		fl := f.ready.pop()
 		if fl == nil {
-			break
+			return
 		}
-		ran = true
 		budget -= max(fl.pump(), flowCost)
 	}
-	return ran
 }
 
 // makeReady gives a flow its next turn.

@@ -78,11 +78,7 @@ func newPoller() (*poller, error) {
 	}
 	p.look = func(uintptr) bool {
 		p.looks++
-		n := p.poll()
-		if n > 0 {
-			p.woken()
-		}
-		return p.dispatch(n) > 0
+		return p.doze(0) > 0
 	}
 	return p, nil
 }
@@ -122,11 +118,22 @@ func (p *poller) release(i int32, fd int) {
 }
 
 // wait dispatches pending events and returns how many there were.
-func (p *poller) wait() int { return p.dispatch(p.poll()) }
+func (p *poller) wait() int { return p.dispatch(p.poll(0)) }
 
-// poll takes pending events and returns how many there are.
-func (p *poller) poll() int {
-	r, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
+// doze waits up to d, in whole milliseconds, for events, dispatches them and returns
+// how many there were. The caller keeps its P: no other goroutine can use it.
+func (p *poller) doze(d time.Duration) int {
+	n := p.poll(int(d / time.Millisecond))
+	if n > 0 {
+		p.woken()
+	}
+	return p.dispatch(n)
+}
+
+// poll takes pending events, waits so long for the first, and returns how many
+// there are.
+func (p *poller) poll(milliseconds int) int {
+	r, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(milliseconds), 0, 0)
 	if errno != 0 {
 		return 0 // EINTR: the loop comes back
 	}

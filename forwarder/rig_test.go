@@ -108,7 +108,7 @@ func newNetwork(t testing.TB, o rigOptions) *network {
 	}
 	o.policy.Gateways = []netip.Addr{gateway4, gateway6}
 	o.policy.Virtual = []netip.Prefix{netip.MustParsePrefix("10.0.2.0/24"), netip.MustParsePrefix("fd75:736e:6574::/64")}
-	cfg := forwarder.Config{Netstack: n.stk.Netstack(), Clock: n.stk, Link: ours, Guest: errorsTo{n.stk}, Policy: forwarder.NewPolicy(o.policy)}
+	cfg := forwarder.Config{Netstack: n.stk.Netstack(), Clock: n.stk, Alone: true, Link: ours, Guest: errorsTo{n.stk}, Policy: forwarder.NewPolicy(o.policy)}
 	if o.config != nil {
 		o.config(&cfg)
 	}
