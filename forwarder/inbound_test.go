@@ -1,6 +1,7 @@
 package forwarder_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -396,6 +397,49 @@ func TestInboundResetAtOnce(t *testing.T) {
 	if refused := n.fwd.Stats().Refused.Load(); refused != 0 {
 		t.Errorf("%d of 200 connections went by the interface, too", refused)
 	}
+}
+
+// TestInboundLastBytes: what a server sends right before it closes arrives, and then
+// the end, even where there is no room for it yet.
+func TestInboundLastBytes(t *testing.T) {
+	const piece = 1000
+	n, addr := published(t, true, func(c halfConn) {
+		defer c.Close()
+		var pieces [1]byte
+		io.ReadFull(c, pieces[:])
+		for i := range pieces[0] {
+			time.Sleep(200 * time.Microsecond) // so that each is passed on by itself
+			c.Write(bytes.Repeat([]byte{i}, piece))
+		}
+	})
+	// Of the pieces of one of these, the last is the first that finds no room.
+	var wg sync.WaitGroup
+	for pieces := range 200 {
+		d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+			return c.Control(func(fd uintptr) {
+				unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1)
+				unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_MAXSEG, piece)
+			})
+		}}
+		c, err := d.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write([]byte{byte(pieces)})
+		wg.Go(func() {
+			defer c.Close()
+			time.Sleep(time.Second)
+			var want []byte
+			for i := range pieces {
+				want = append(want, bytes.Repeat([]byte{byte(i)}, piece)...)
+			}
+			if b, err := io.ReadAll(c); err != nil || !bytes.Equal(b, want) {
+				t.Errorf("read %d of %d bytes, error %v", len(b), len(want), err)
+			}
+		})
+	}
+	wg.Wait()
+	gone(t, n)
 }
 
 // TestInboundCrowd: clients whom a server has no room for yet are not led another

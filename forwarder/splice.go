@@ -154,6 +154,7 @@ const (
 // on, by DNAT to a container of its own, which knows no way back but the TAP.
 func (fl *spliceFlow) detour() {
 	t, host, from := fl.t, fl.host.fd, fl.from
+
 	if !fl.guest.failed {
 		from = netip.AddrPortFrom(from.Addr(), 0) // somebody still answers the other
 	}
@@ -241,7 +242,7 @@ func (fl *spliceFlow) move(s *stream, limit int) (moved int) {
 		case s.pending > 0:
 			moved += fl.empty(s)
 		case len(s.carry) > 0:
-			n := fl.send(s, s.carry)
+			n := fl.send(s, s.carry, false)
 			if s.carry = s.carry[n:]; len(s.carry) == 0 {
 				s.carry = nil
 			}
@@ -271,19 +272,49 @@ func (fl *spliceFlow) read(s *stream) int {
 		return 0
 	}
 	s.bulk = n == len(b)
-	if !s.bulk && !s.src.mixed {
+	end := false
+	switch {
+	case s.bulk:
+	case !s.src.mixed:
 		s.src.readable = false // the next byte is an edge
+	default:
+		// It leaves with the bytes, in one packet.
+		var more int
+		more, end = fl.readEnd(s.src, b[n:])
+		n += more
 	}
-	m := fl.send(s, b[:n])
+	m := fl.send(s, b[:n], end)
 	if m < n && s.open {
 		s.carry = append([]byte(nil), b[m:n]...)
+	}
+	if end && m == n {
+		fl.eof(s)
 	}
 	return m
 }
 
-// send gives b to the destination and returns how much it took.
-func (fl *spliceFlow) send(s *stream, b []byte) int {
-	n, errno := rawSend(s.dst.fd, b)
+// readEnd looks whether an end follows what was read of e.
+func (fl *spliceFlow) readEnd(e *spliceEnd, b []byte) (n int, end bool) {
+	n, errno := rawRecv(e.fd, b)
+	switch {
+	case errno == unix.EAGAIN:
+		e.readable = false
+		return 0, false
+	case errno != 0:
+		e.failed = true // which the next read does not hear of again
+		return 0, false
+	}
+	return n, n == 0 && !e.failed
+}
+
+// send gives b to the destination and returns how much it took. more says that
+// something is to follow, which lets the kernel wait for it.
+func (fl *spliceFlow) send(s *stream, b []byte, more bool) int {
+	flags := 0
+	if more {
+		flags = unix.MSG_MORE
+	}
+	n, errno := rawSend(s.dst.fd, b, flags)
 	switch errno {
 	case 0:
 		return n
@@ -524,9 +555,9 @@ func rawSplice(from, to, n int) (int, unix.Errno) {
 	}
 }
 
-func rawSend(fd int, b []byte) (int, unix.Errno) {
+func rawSend(fd int, b []byte, flags int) (int, unix.Errno) {
 	for {
-		r, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		r, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(flags|unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL), 0, 0)
 		if errno != unix.EINTR {
 			return int(r), errno
 		}
