@@ -222,7 +222,7 @@ func (t *inboundTable) publish(in Inbound) (uint64, error) {
 		if in.Proto == UDP {
 			err = t.udp.open(p, fd)
 		} else {
-			l := &listener{t: t, port: p, fd: fd, local: localAddr(fd).Addr().IsLoopback()}
+			l := &listener{t: t, port: p, fd: fd, batch: 1, local: localAddr(fd).Addr().IsLoopback()}
 			if l.local {
 				congestion.Set(fd, t.f.congestion) // clients' sockets inherit it
 			}
@@ -263,16 +263,18 @@ type listener struct {
 	local  bool // on the host's loopback
 	paused bool
 	closed bool
+	batch  int // clients to let in at the next turn
 }
 
-// acceptBatch is how many clients of one listener are let in before anything
-// else gets its turn.
+// acceptBatch is how many clients of one listener are let in at most before
+// anything else gets its turn.
 const acceptBatch = 32
 
 // ready implements pollee.
 func (l *listener) ready(uint32) {
 	t := l.t
-	for range acceptBatch {
+	n := 0
+	for ; n < l.batch; n++ {
 		if t.busy(l.port) {
 			l.pause()
 			break
@@ -296,6 +298,12 @@ func (l *listener) ready(uint32) {
 			congestion.Set(fd, t.f.congestion)
 		}
 		t.admit(l.port, fd, client)
+	}
+	// To look once more for nothing costs a socket, made and thrown away.
+	if n == l.batch {
+		l.batch = min(2*n, acceptBatch)
+	} else {
+		l.batch = max(n, 1)
 	}
 	for i, in := range t.asked {
 		t.asked[i] = nil
