@@ -93,8 +93,8 @@ func (s *Sockets) FD() int { return s.fd }
 func (s *Sockets) MakeSpares() { s.ahead = true }
 
 // Spare returns a non-blocking socket of the namespace that has still to be bound
-// to a client's address and connected, and is the caller's, or -1. As of those
-// that Receive hands over, the caller may not rely on what it is.
+// to a client's address and connected, and is the caller's, or -1. The caller may
+// rely on it no more than on those that Receive hands over.
 func (s *Sockets) Spare(six bool) int {
 	if !s.ahead {
 		return -1
@@ -138,18 +138,40 @@ func (s *Sockets) takeSpares(family uint32, fds []int) {
 		p = &s.spares[1]
 	}
 	if !p.asked {
-		rights.Close(fds)
+		discard(fds...)
 		return
 	}
 	if p.asked = false; len(fds) == 0 {
 		p.missed = 0 // there are none to be had for now
 	}
 	for _, fd := range fds {
-		if unix.SetNonblock(fd, true) != nil || len(p.fds) == 2*spareBatch {
-			unix.Close(fd)
-			continue
+		if len(p.fds) == 2*spareBatch {
+			discard(fd)
+		} else if fd = vetted(fd); fd >= 0 {
+			p.fds = append(p.fds, fd)
 		}
-		p.fds = append(p.fds, fd)
+	}
+}
+
+// vetted returns a descriptor that the agent has handed over if it is a TCP socket,
+// not to block; otherwise it gives it up and returns -1. Whoever has taken the agent
+// over could hand over what lets its user wait, as a file of FUSE does in close.
+func vetted(fd int) int {
+	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	if err == nil && protocol == unix.IPPROTO_TCP {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_NONBLOCK)
+	}
+	if err != nil || protocol != unix.IPPROTO_TCP {
+		discard(fd)
+		return -1
+	}
+	return fd
+}
+
+// discard closes what was not vetted.
+func discard(fds ...int) {
+	if len(fds) > 0 {
+		go rights.Close(fds)
 	}
 }
 
@@ -181,8 +203,9 @@ func (s *Sockets) Flush() error {
 }
 
 // Receive hands over the answers of one packet, if there is one: a non-blocking
-// socket, which is the receiver's, or an error. What the socket is the receiver
-// may not rely on, as the agent lives among the container's processes.
+// TCP socket, which is the receiver's, or an error. What it is connected to, and that
+// it stays non-blocking, the receiver may not rely on: the agent lives among the
+// container's processes.
 func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) error {
 	for {
 		n, controlN, flags, _, err := unix.Recvmsg(s.fd, s.in[:], s.control, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
@@ -206,7 +229,7 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 			err = errors.New("bad answer")
 		}
 		if err != nil {
-			rights.Close(fds)
+			discard(fds...)
 			return fmt.Errorf("agent: receive sockets: %w", err)
 		}
 		for b := s.in[:n]; len(b) > 0; b = b[answerSize:] {
@@ -217,12 +240,14 @@ func (s *Sockets) Receive(got func(id uint32, fd int, errno syscall.Errno)) erro
 				// Where this process has no room for more descriptors, the
 				// last ones are missing.
 				if errno = unix.EMFILE; len(fds) > 0 {
-					fd, fds, errno = fds[0], fds[1:], 0
+					if fd, fds, errno = vetted(fds[0]), fds[1:], 0; fd < 0 {
+						errno = unix.ENOTSOCK
+					}
 				}
 			}
 			got(id, fd, errno)
 		}
-		rights.Close(fds)
+		discard(fds...)
 		return nil
 	}
 }

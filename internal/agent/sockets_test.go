@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/usernet/usernet/internal/rights"
 )
 
 // tellers tell their clients who they are.
@@ -146,4 +148,78 @@ func toldBy(t *testing.T, fd int, from, to netip.AddrPort) string {
 	}
 	t.Fatal("the server says nothing")
 	return ""
+}
+
+// TestHostileAgent: of what an agent that another has taken over hands over, only TCP
+// sockets are taken, and are made not to block.
+func TestHostileAgent(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	s := NewSockets(pair[0], Inside{})
+	defer s.Close()
+	s.MakeSpares()
+	for range spareAfter {
+		if fd := s.Spare(false); fd >= 0 {
+			t.Fatal("there is a spare socket that nobody has made")
+		}
+	}
+	var ask [spareSize]byte
+	if n, err := unix.Read(pair[1], ask[:]); err != nil || n != spareSize {
+		t.Fatalf("asked for spares by %d bytes, %v", n, err)
+	}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	send := func(message []byte) {
+		t.Helper()
+		fds := []int{pipe[0], pipe[1]}
+		for _, kind := range [][3]int{
+			{unix.AF_UNIX, unix.SOCK_STREAM, 0}, {unix.AF_INET, unix.SOCK_DGRAM, 0}, {unix.AF_INET, unix.SOCK_STREAM, 0},
+		} {
+			fd, err := unix.Socket(kind[0], kind[1]|unix.SOCK_CLOEXEC, kind[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			fds = append(fds, fd)
+		}
+		if err := sendTo(pair[1], message, fds); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer rights.Close(pipe[:])
+	check := func(fd int) {
+		t.Helper()
+		if protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || protocol != unix.IPPROTO_TCP {
+			t.Errorf("got what is no TCP socket: protocol %d, %v", protocol, err)
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK == 0 {
+			t.Errorf("got a socket that blocks: %#x, %v", flags, err)
+		}
+		unix.Close(fd)
+	}
+	send(ask[:])
+	s.await(t, nil)
+	if held := s.held(false); len(held) != 1 {
+		t.Errorf("%d of 5 descriptors are taken, want the last", len(held))
+	}
+	check(s.Spare(false))
+
+	var answers []byte
+	for id := range uint32(5) {
+		answers = appendAnswer(answers, id, 0)
+	}
+	send(answers)
+	s.await(t, func(id uint32, fd int, errno unix.Errno) {
+		switch {
+		case id == 4:
+			check(fd)
+		case fd >= 0 || errno == 0:
+			t.Errorf("descriptor %d of the answer is taken: %d, %v", id, fd, errno)
+		}
+	})
 }
