@@ -12,6 +12,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
 
 	"github.com/usernet/usernet"
 )
@@ -81,6 +82,7 @@ func TestCNIFlags(t *testing.T) {
 // command line takes.
 func FuzzCNI(f *testing.F) {
 	f.Add(`{"name": "n", "mtu": 1500, "ipv6": true, "allow": ["10.0.0.0/8"]}`, "IP=10.0.2.5")
+	f.Add(`{"name": "n"}`, "IP=10.9.0.5") // in a subnet that only the network knows
 	f.Add(`{"runtimeConfig": {"portMappings": [{"hostPort": 1, "containerPort": 2, "hostIP": "::ffff:1.2.3.4"}], "aliases": {"n": ["a"]}}}`, "MAC=02:00:00:00:00:03")
 	f.Add(`{"cniVersion": "0.4.0", "prevResult": {"ips": [{"version": "4", "address": "10.0.2.5/24", "interface": 7}]}}`, "")
 	f.Add(`{"dns": {"nameservers": ["fe80::1%eth0"], "search": ["a,b"]}, "runtimeConfig": {"ips": ["::ffff:10.0.2.7/24"]}}`, "")
@@ -93,13 +95,16 @@ func FuzzCNI(f *testing.F) {
 			return
 		}
 		var a attach
-		flags := newFlagSet()
+		var cmd cobra.Command
 		for _, g := range a.groups() {
-			flags.AddFlagSet(g.flags)
+			cmd.Flags().AddFlagSet(g.flags)
 		}
-		if err := flags.Parse(append([]string{"--netns", "/run/netns/box", "--ifname", "eth0"}, c.flags()...)); err != nil {
+		if err := cmd.ParseFlags(append([]string{"--netns", "/run/netns/box", "--ifname", "eth0"}, c.flags()...)); err != nil {
 			t.Errorf("%q: %v", c.flags(), err)
-		} else if err := a.config.Validate(); err != nil {
+			return
+		}
+		a.settle(&cmd)
+		if err := a.config.Validate(); err != nil {
 			t.Errorf("%q: %v", c.flags(), err)
 		}
 	})
