@@ -228,7 +228,7 @@ func (n *Network) serve(ctx context.Context, at *attachment, host *host, eng eng
 			}
 			at.forgetAgent()
 		case <-n.wanted:
-			pub.handOver(ctx)
+			go pub.handOver(ctx) // an agent that stands still holds up nobody else
 		case <-changed:
 			on := n.default6(host)
 			if on == default6 {
