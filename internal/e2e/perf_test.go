@@ -43,21 +43,19 @@ func speed(t *testing.T, subject string, tun rig.Tun, flags ...string) (up, down
 	n := rig.New(t, rig.Options{Tun: tun})
 	guest := n.Guest(t)
 	n.AttachSubject(t, subject, guest, append([]string{"--host-loopback", "--mtu", "1500"}, flags...)...)
-	return iperf(t, n, guest, ""), iperf(t, n, guest, "-R")
+	return iperf(t, n.Host, guest), iperf(t, n.Host, guest, "-R")
 }
 
-// iperf measures Gbit/s to the host's loopback.
-func iperf(t *testing.T, n *rig.Net, guest *rig.Node, flag string) float64 {
+// iperf measures Gbit/s from a guest to the host's loopback, unless flags say
+// otherwise.
+func iperf(t *testing.T, server, client *rig.Node, flags ...string) float64 {
 	t.Helper()
 	// A server of more than one client resets those that come too early.
-	server := n.Host.Exec(t, rig.Command{Args: []string{"iperf3", "-s", "-1", "--forceflush", "-B", "127.0.0.1"}})
-	server.WaitOutput(t, "listening", time.Minute)
-	defer server.Wait(10 * time.Second)
-	args := []string{"iperf3", "-J", "-t", "3", "-c", rig.Current().Gateway4.String()}
-	if flag != "" {
-		args = append(args, flag)
-	}
-	out := guest.RunFor(t, 30*time.Second, args...)
+	p := server.Exec(t, rig.Command{Args: []string{"iperf3", "-s", "-1", "--forceflush"}})
+	p.WaitOutput(t, "listening", time.Minute)
+	defer p.Wait(10 * time.Second)
+	args := append([]string{"iperf3", "-J", "-t", "3", "-c", rig.Current().Gateway4.String()}, flags...)
+	out := client.RunFor(t, 30*time.Second, args...)
 	var report struct {
 		End struct {
 			Received struct {
