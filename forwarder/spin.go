@@ -3,6 +3,8 @@ package forwarder
 import (
 	"runtime"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A spinner decides whether the engine looks for the next event for a while
@@ -55,6 +57,8 @@ func (s *spinner) spun(found bool) {
 func (f *Forwarder) spinUntilEvent() (found bool) {
 	for start := time.Now(); !found && time.Since(start) < spinTime; {
 		runtime.Gosched()
+		// Whoever makes the event may wait for this processor.
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		found = f.poll.wait() > 0 || f.queueLen() > 0
 	}
 	f.spin.spun(found)

@@ -11,7 +11,8 @@ import (
 
 // A Standing is how far a TCP connection is, as its last segments on the link say.
 type Standing struct {
-	// Known is set when both sides have been heard of, and Settled when all that was sent is acknowledged, both ways.
+	// Known is set when both sides have been heard of, Settled when all that was
+	// sent is acknowledged, both ways.
 	Known, Settled bool
 	// Sent and Received are the sequence numbers that are next: of what
 	// netstack sends, and of what the guest does.

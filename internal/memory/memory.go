@@ -77,7 +77,7 @@ func Trim() { New().Trim() }
 
 const (
 	// settledAfter is when a process has started.
-	settledAfter = time.Second
+	settledAfter = time.Second / 2
 	// restAfter is how long a process must have had next to nothing to do.
 	restAfter = 10 * time.Second
 	// restWork is what counts as that.
