@@ -37,7 +37,7 @@ const (
 func idleJob(opts options) job {
 	watch := pick(opts.Quick, 3*time.Second, 10*time.Second)
 	return job{
-		name: "idle", how: "memory and CPU with idle flows", rounds: 2, seconds: watch.Seconds() + 3.5*settle.Seconds() + 1,
+		name: "idle", how: "memory and CPU with idle flows", rounds: 2, seconds: watch.Seconds() + 3.25*settle.Seconds() + 1,
 		alone: func(ctx context.Context, b *bench, name string) (samples, error) {
 			in, err := b.start(ctx, name, 65520)
 			if err != nil {
@@ -66,7 +66,7 @@ func (b *bench) idle(ctx context.Context, in *instance, watch time.Duration) (sa
 		return s, err
 	}
 	defer few.kill()
-	if err := sleep(ctx, settle/2); err != nil {
+	if err := sleep(ctx, settle/4); err != nil {
 		return s, err
 	}
 	base, err := pss(in.pid)
