@@ -200,7 +200,7 @@ func TestInboundCarriesBytesBothWaysAtOnce(t *testing.T) {
 							t.Errorf("read %d bytes, want %d, error %v", k, size, err)
 						}
 						want := <-sent
-						for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
+						for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
 							if h, ok := got.Load(byte(i)); ok {
 								if h != want {
 									t.Errorf("stream %d: bytes to the guest differ", i)
@@ -224,7 +224,7 @@ func TestInboundCarriesBytesBothWaysAtOnce(t *testing.T) {
 // gone waits until there are no flows.
 func gone(t *testing.T, n *network) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); n.fwd.Stats().TCPActive.Load() != 0; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); n.fwd.Stats().TCPActive.Load() != 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d flows are left", n.fwd.Stats().TCPActive.Load())
 		}
@@ -323,7 +323,7 @@ func TestInboundEnds(t *testing.T) {
 				if err == nil {
 					t.Error("the guest saw an end, want a reset")
 				}
-			case <-time.After(time.Minute):
+			case <-time.After(3 * time.Minute):
 				t.Error("the guest saw nothing")
 			}
 			gone(t, n)
@@ -335,7 +335,7 @@ func TestInboundEnds(t *testing.T) {
 				defer close(ended)
 				io.ReadAll(c)
 				c.Write([]byte("answer"))
-				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+				for deadline := time.Now().Add(3 * time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 					if _, err := c.Write([]byte("x")); err != nil {
 						return
 					}
@@ -594,7 +594,7 @@ func TestInboundUDP(t *testing.T) {
 		defer c.Close()
 		for j := range 3 {
 			fmt.Fprintf(c, "%d-%d", i, j)
-			c.SetReadDeadline(time.Now().Add(time.Minute))
+			c.SetReadDeadline(time.Now().Add(3 * time.Minute))
 			b := make([]byte, 100)
 			k, err := c.Read(b)
 			want := fmt.Sprintf("10.0.2.2:%d %d-%d", c.LocalAddr().(*net.UDPAddr).Port, i, j)
