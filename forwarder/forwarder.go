@@ -376,12 +376,17 @@ func (f *Forwarder) receive() error {
 	if err != nil {
 		return err
 	}
-	if n == f.linkBatch {
-		f.linkBatch = min(2*f.linkBatch, maxBatch)
-	} else {
-		f.linkBatch = max(n, 1)
-	}
+	f.linkBatch = nextBatch(n, f.linkBatch, maxBatch)
 	return nil
+}
+
+// nextBatch is how many to look for after there were n of batch: twice as many where
+// there may be more, up to most, and as many as there were otherwise.
+func nextBatch(n, batch, most int) int {
+	if n == batch {
+		return min(2*batch, most)
+	}
+	return max(n, 1)
 }
 
 // enqueue puts a flow on the run queue. It is called from any goroutine.

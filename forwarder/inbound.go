@@ -300,11 +300,7 @@ func (l *listener) ready(uint32) {
 		t.admit(l.port, fd, client)
 	}
 	// To look once more for nothing costs a socket, made and thrown away.
-	if n == l.batch {
-		l.batch = min(2*n, acceptBatch)
-	} else {
-		l.batch = max(n, 1)
-	}
+	l.batch = nextBatch(n, l.batch, acceptBatch)
 	for i, in := range t.asked {
 		t.asked[i] = nil
 		in.asked = false

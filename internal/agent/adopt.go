@@ -216,14 +216,11 @@ func answered(fd int) error {
 // of a container behind it, whose address is translated, would not be led by a
 // rule for the address that the link sees.
 func established(c *Conn) error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	fd, err := diagSocket()
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
-		return err
-	}
 	q := connection{family: uint8(family(c))}
 	binary.BigEndian.PutUint16(q.id[0:], c.Guest.Port())
 	binary.BigEndian.PutUint16(q.id[2:], c.Remote.Port())

@@ -46,14 +46,11 @@ func (n *network) cutOff() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	fd, err := diagSocket()
 	if err != nil {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
-		return 0, err
-	}
 	cut := 0
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		sockets, err := connections(fd, family)
@@ -153,6 +150,20 @@ func destroy(fd int, c connection) error {
 	}
 	_, err = eachMessage(buf[:n], func([]byte) error { return nil })
 	return err
+}
+
+// diagSocket opens a socket to ask the kernel for the namespace's sockets, of which
+// no answer takes long (sock_diag(7)).
+func diagSocket() (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 func diagRequest(fd int, kind, flags uint16, c *connection) error {

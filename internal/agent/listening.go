@@ -162,14 +162,11 @@ func (t *socketTable) dump(family, proto uint8, f func(boundSocket)) error {
 // ask sends the question.
 func (t *socketTable) ask(family, proto uint8) error {
 	if t.fd == 0 {
-		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+		fd, err := diagSocket()
 		if err != nil {
 			return err
 		}
 		t.fd = fd
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
-			return err
-		}
 	}
 	const size = unix.SizeofNlMsghdr + diagRequestSize
 	states := uint32(1 << stateListen)
