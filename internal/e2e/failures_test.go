@@ -104,6 +104,16 @@ func processOf(t *testing.T, w *world, name string) int {
 	return pid
 }
 
+// endsWell checks that usernet is at rest, and that it ends when it is told to, with
+// nothing left.
+func endsWell(t *testing.T, w *world, a *rig.Attach) {
+	t.Helper()
+	wantIdle(t, w, a.PID)
+	a.Signal(syscall.SIGTERM)
+	a.WantExit(t, 0, 3*time.Second)
+	wantAllGone(t, w)
+}
+
 // wantAllGone checks that a usernet which has ended has left nothing: no process,
 // no interface, no file, and no connection of its.
 func wantAllGone(t *testing.T, w *world) {
@@ -156,10 +166,7 @@ func TestKilledDuringTransfer(t *testing.T) {
 				intact(t, "to port "+itoa(p), in, all)
 			}
 			alive(t, w, worker)
-			wantIdle(t, w, a.PID)
-			a.Signal(syscall.SIGTERM)
-			a.WantExit(t, 0, 3*time.Second)
-			wantAllGone(t, w)
+			endsWell(t, w, a)
 		})
 	})
 	t.Run("worker", func(t *testing.T) {
@@ -176,10 +183,7 @@ func TestKilledDuringTransfer(t *testing.T) {
 				}
 			}
 			wantPaths(t, w)
-			wantIdle(t, w, a.PID)
-			a.Signal(syscall.SIGTERM)
-			a.WantExit(t, 0, 3*time.Second)
-			wantAllGone(t, w)
+			endsWell(t, w, a)
 		})
 	})
 	t.Run("supervisor", func(t *testing.T) {
@@ -226,10 +230,7 @@ func TestStoppedDuringTransfer(t *testing.T) {
 			intact(t, p.name+" stopped", talk, all)
 		}
 		alive(t, w, worker)
-		wantIdle(t, w, a.PID)
-		a.Signal(syscall.SIGTERM)
-		a.WantExit(t, 0, 3*time.Second)
-		wantAllGone(t, w)
+		endsWell(t, w, a)
 	})
 }
 
@@ -460,10 +461,7 @@ func TestLogReaderGone(t *testing.T) {
 				}
 			}
 			alive(t, w, worker)
-			wantIdle(t, w, a.PID)
-			a.Signal(syscall.SIGTERM)
-			a.WantExit(t, 0, 3*time.Second)
-			wantAllGone(t, w)
+			endsWell(t, w, a)
 		})
 	}
 }
