@@ -259,7 +259,7 @@ func (t *tcpTable) replace(fl *tcpFlow, fd int) {
 		t: in, by: fl.hand.in, number: fl.hand.id, usage: fl.usage,
 		client: t.f.dialled(TCP, remote), from: remote, to: guest,
 	}
-	s.guest = spliceEnd{fl: s, fd: fd, slot: -1, readable: true, writable: true}
+	s.guest = spliceEnd{fl: s, source: source{fd: fd}, slot: -1, readable: true, writable: true}
 	var err error
 	if s.guest.slot, err = t.f.poll.add(fd, spliceEvents, &s.guest); err != nil {
 		t.f.log.Warn("a connection is lost", "err", err)
@@ -269,7 +269,7 @@ func (t *tcpTable) replace(fl *tcpFlow, fd int) {
 		fl.kill()
 		return
 	}
-	s.host.spliceEnd = spliceEnd{fl: s, fd: fl.fd, slot: fl.slot, readable: true, writable: fl.hostWritable, mixed: fl.hostHup || fl.urgent}
+	s.host.spliceEnd = spliceEnd{fl: s, source: fl.source, slot: fl.slot, readable: true, writable: fl.hostWritable, mixed: fl.hostHup || fl.urgent}
 	t.f.poll.slots[fl.slot].p = &s.host
 	s.down = stream{src: &s.host.spliceEnd, dst: &s.guest, open: true, bulk: fl.bulk, carry: fl.carry}
 	s.up = stream{src: &s.guest, dst: &s.host.spliceEnd, open: true, carry: fl.rest()}

@@ -38,7 +38,7 @@ type tcpFlow struct {
 	wq       waiter.Queue
 	entry    waiter.Entry
 	ev       atomic.Uint32
-	fd       int
+	source   // the host socket
 	slot     int32
 	usage
 
@@ -259,6 +259,7 @@ func (fl *tcpFlow) pumpUp(limit int) (moved int) {
 		}
 		fl.t.f.stats.BytesUp.Add(uint64(n))
 		fl.up += uint64(n)
+		fl.asked = true
 		moved += n
 		r.discard = discard(n)
 		fl.ep.Read(&r.discard, tcpip.ReadOptions{})
@@ -365,7 +366,7 @@ func (fl *tcpFlow) pumpDown(limit int) (moved int) {
 // readSmall reads what fits into the scratch buffer and passes it on.
 func (fl *tcpFlow) readSmall() (int, unix.Errno) {
 	b := fl.t.relay.scratch[:]
-	n, errno := rawRecv(fl.fd, b)
+	n, errno := fl.source.read(b, fl.hostHup || fl.urgent, fl.t.f.clock())
 	if errno != 0 {
 		return 0, errno
 	}
@@ -389,6 +390,9 @@ func (fl *tcpFlow) readSmall() (int, unix.Errno) {
 // send. It asks for no more than the socket is known to hold, because netstack
 // forgets what it has read so far when a read fails.
 func (fl *tcpFlow) readBulk() (int, unix.Errno) {
+	if errno := fl.consume(); errno != 0 {
+		return 0, errno
+	}
 	q := min(queued(fl.fd), maxRead)
 	if q < scratchSize {
 		fl.bulk = false
@@ -603,7 +607,7 @@ func (p *sockPayload) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	n, errno := rawRecv(p.fd, b)
+	n, errno := rawRecv(p.fd, b, 0)
 	if errno == 0 && n > 0 {
 		p.left -= n
 		return n, nil

@@ -128,9 +128,9 @@ func soError(fd int) unix.Errno {
 	return unix.Errno(v)
 }
 
-func rawRecv(fd int, b []byte) (int, unix.Errno) {
+func rawRecv(fd int, b []byte, flags int) (int, unix.Errno) {
 	for {
-		r, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_DONTWAIT, 0, 0)
+		r, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(flags|unix.MSG_DONTWAIT), 0, 0)
 		if errno != unix.EINTR {
 			return int(r), errno
 		}

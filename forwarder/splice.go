@@ -35,8 +35,8 @@ type spliceFlow struct {
 
 // spliceEnd is one of the two sockets, which are watched edge-triggered.
 type spliceEnd struct {
-	fl   *spliceFlow
-	fd   int
+	fl *spliceFlow
+	source
 	slot int32
 	// What is known to be ready: cleared by the call that finds nothing, set
 	// by the event that follows.
@@ -57,8 +57,8 @@ const spliceEvents = flowEvents | unix.EPOLLPRI
 func (t *inboundTable) join(d insideDial, fd int) {
 	fl := &spliceFlow{t: t, port: d.port, client: d.client, from: d.from, to: d.to, connecting: true}
 	fl.born, fl.last = d.born, d.born
-	fl.host.spliceEnd = spliceEnd{fl: fl, fd: d.fd, slot: -1, writable: true}
-	fl.guest = spliceEnd{fl: fl, fd: fd, slot: -1}
+	fl.host.spliceEnd = spliceEnd{fl: fl, source: source{fd: d.fd}, slot: -1, writable: true}
+	fl.guest = spliceEnd{fl: fl, source: source{fd: fd}, slot: -1}
 	fl.down = stream{src: &fl.host.spliceEnd, dst: &fl.guest, open: true, carry: d.preface}
 	fl.up = stream{src: &fl.guest, dst: &fl.host.spliceEnd, open: true}
 	t.flows[fl] = struct{}{}
@@ -259,7 +259,7 @@ func (fl *spliceFlow) move(s *stream, limit int) (moved int) {
 // read passes on what fits into the scratch buffer.
 func (fl *spliceFlow) read(s *stream) int {
 	b := fl.t.f.tcp.relay.scratch[:]
-	n, errno := rawRecv(s.src.fd, b)
+	n, errno := s.src.source.read(b, s.src.mixed, fl.t.f.clock())
 	switch {
 	case errno == unix.EAGAIN:
 		s.src.readable = false
@@ -295,7 +295,7 @@ func (fl *spliceFlow) read(s *stream) int {
 
 // readEnd looks whether an end follows what was read of e.
 func (fl *spliceFlow) readEnd(e *spliceEnd, b []byte) (n int, end bool) {
-	n, errno := rawRecv(e.fd, b)
+	n, errno := rawRecv(e.fd, b, 0)
 	switch {
 	case errno == unix.EAGAIN:
 		e.readable = false
@@ -317,6 +317,7 @@ func (fl *spliceFlow) send(s *stream, b []byte, more bool) int {
 	n, errno := rawSend(s.dst.fd, b, flags)
 	switch errno {
 	case 0:
+		s.dst.asked = true
 		return n
 	case unix.EAGAIN:
 		s.dst.writable = false
@@ -328,6 +329,10 @@ func (fl *spliceFlow) send(s *stream, b []byte, more bool) int {
 
 // fill takes what the source holds into a pipe.
 func (fl *spliceFlow) fill(s *stream) {
+	if errno := s.src.consume(); errno != 0 {
+		fl.reset(s.dst)
+		return
+	}
 	p := fl.t.pipes.get()
 	if p == nil {
 		s.bulk = false

@@ -291,7 +291,7 @@ func (t *tcpTable) reset(id stack.TransportEndpointID, syn *stack.PacketBuffer) 
 // guest's SYN. slot is the socket's place in the poller, or -1; events are what
 // the poller said with it.
 func (t *tcpTable) establish(id stack.TransportEndpointID, syn *stack.PacketBuffer, fd int, slot int32, events uint32) bool {
-	fl := &tcpFlow{t: t, id: id, fd: fd, slot: slot, hostReadable: events&^unix.EPOLLOUT != 0, hostWritable: true, upOpen: true, downOpen: true}
+	fl := &tcpFlow{t: t, id: id, source: source{fd: fd}, slot: slot, hostReadable: events&^unix.EPOLLOUT != 0, hostWritable: true, upOpen: true, downOpen: true}
 	fl.offer.set(syn)
 	fl.hostHup = events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 	fl.urgent = events&unix.EPOLLPRI != 0
@@ -374,6 +374,11 @@ func (t *tcpTable) sweep() {
 	}
 	if len(t.draining) > 0 {
 		t.f.sweepIn(drainPoll)
+	}
+	if t.f.sweepSources {
+		for fl := range t.flows {
+			fl.consumeIdle(fl.last, t.f.clock())
+		}
 	}
 	t.sweepHands()
 }

@@ -18,7 +18,7 @@ import (
 // better.
 func (t *tcpTable) dialGuest(c arrival, from netip.AddrPort, detour *inboundPort) {
 	fd, client, to := c.fd, c.client, c.to
-	fl := &tcpFlow{t: t, fd: fd, client: client, detour: detour, inbound: true, connecting: true, hostWritable: true, upOpen: true, downOpen: true}
+	fl := &tcpFlow{t: t, source: source{fd: fd}, client: client, detour: detour, inbound: true, connecting: true, hostWritable: true, upOpen: true, downOpen: true}
 	if len(c.preface) > 0 {
 		fl.carry, fl.hostReadable = c.preface, true // there is something to do, though not to read
 	}

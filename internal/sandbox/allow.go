@@ -29,7 +29,7 @@ var options = []struct {
 }{
 	{unix.SOL_SOCKET, []uint32{
 		unix.SO_ERROR, unix.SO_BROADCAST, unix.SO_KEEPALIVE, unix.SO_OOBINLINE, unix.SO_LINGER, unix.SO_REUSEADDR,
-		unix.SO_RCVBUF, unix.SO_SNDBUF, unix.SO_BINDTODEVICE, unix.SO_RCVTIMEO,
+		unix.SO_RCVBUF, unix.SO_SNDBUF, unix.SO_BINDTODEVICE, unix.SO_RCVTIMEO, unix.SO_PEEK_OFF,
 	}},
 	{unix.IPPROTO_IP, []uint32{unix.IP_TTL, unix.IP_RECVERR, unix.IP_RECVTTL, unix.IP_PKTINFO, unix.IP_MTU_DISCOVER}},
 	{unix.IPPROTO_IPV6, []uint32{
