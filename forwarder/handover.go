@@ -43,10 +43,11 @@ type Conn struct {
 }
 
 const (
-	// handBytes and handTurns are what a flow has moved, or how many times it has
-	// moved something, when it is worth it. Each failure doubles them.
+	// handBytes is what a flow has moved when it is worth it. Each failure doubles
+	// it. Requests and answers below handTurn do not count: two sockets more,
+	// one of them in the guest's time, cost them as much as netstack does.
 	handBytes = 4 << 20
-	handTurns = 256
+	handTurn  = 8 << 10
 	maxFailed = 8
 	// noHandTime is how long none is handed over after the two ends have not
 	// heard of each other.
@@ -68,7 +69,8 @@ const (
 type hand struct {
 	state  handState
 	failed uint8  // times
-	turns  uint16 // that have moved something
+	up     bool   // which way the last turn moved something
+	bytes  int    // that count
 	id     uint32 // of the question
 	in     *interior
 	until  time.Time
@@ -105,13 +107,15 @@ type cutFlow struct {
 	since         time.Time
 }
 
-// consider begins to hand a flow over that is worth it.
-func (t *tcpTable) consider(fl *tcpFlow) {
+// consider begins to hand a flow over that is worth it, after a turn that has moved
+// so many bytes up and down.
+func (t *tcpTable) consider(fl *tcpFlow, up, down int) {
 	h := &fl.hand
-	if h.turns < math.MaxUint16 {
-		h.turns++
+	if n := up + down; n >= handTurn || h.up == (up > 0) && (up == 0 || down == 0) {
+		h.bytes += n
 	}
-	if h.state != handNot || h.failed > maxFailed || fl.up+fl.down < handBytes<<h.failed && h.turns>>h.failed < handTurns {
+	h.up = up > 0
+	if h.state != handNot || h.failed > maxFailed || h.bytes < handBytes<<h.failed {
 		return
 	}
 	in := &t.f.inbound
@@ -219,7 +223,7 @@ func (t *tcpTable) keep(fl *tcpFlow) {
 	}
 	t.f.guest.Unfollow(fl.ends())
 	t.handing = slices.DeleteFunc(t.handing, func(o *tcpFlow) bool { return o == fl })
-	h.state, h.turns = handNot, 0
+	h.state, h.bytes = handNot, 0
 	h.failed++
 	t.f.makeReady(fl)
 }

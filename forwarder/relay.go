@@ -181,15 +181,16 @@ func (fl *tcpFlow) pump() int {
 	if fl.ep == nil || fl.done || fl.connecting || fl.hand.state == handAsked {
 		return 0
 	}
-	n := fl.pumpUp(flowQuantum)
+	up, down := fl.pumpUp(flowQuantum), 0
 	waits := fl.hand.state == handWaits
 	if !fl.done && !waits {
-		n += fl.pumpDown(flowQuantum)
+		down = fl.pumpDown(flowQuantum)
 	}
+	n := up + down
 	if n > 0 {
 		fl.last = fl.t.f.clock()
 		if !fl.done {
-			fl.t.consider(fl)
+			fl.t.consider(fl, up, down)
 		}
 	}
 	if fl.upOpen && fl.guestReadable && fl.hostWritable || fl.downOpen && fl.hostReadable && fl.guestWritable && !waits {
