@@ -166,10 +166,11 @@ type Forwarder struct {
 	guest  Guest
 	stats  Stats
 
-	poll *poller
-	wake waker
-	spin spinner
-	nap  napper
+	poll     *poller
+	wake     waker
+	spin     spinner
+	activity activity
+	nap      napper
 
 	linkReady bool
 	linkBatch int
@@ -298,7 +299,7 @@ func (f *Forwarder) turn(ctx context.Context) error {
 		f.poll.wait()
 		return nil
 	}
-	if f.spin.due() && (f.poll.wait() > 0 || f.spinUntilEvent()) {
+	if f.spin.due() && !f.activity.many() && (f.poll.wait() > 0 || f.spinUntilEvent()) {
 		return nil
 	}
 	until := f.nextSweep

@@ -55,6 +55,13 @@ type subject interface {
 type usage struct {
 	up, down   uint64
 	born, last time.Duration
+	period     uint32 // of [activity]
+}
+
+// moved notes that the flow has moved something.
+func (u *usage) moved(f *Forwarder) {
+	u.last = f.clock()
+	f.activity.note(&u.period, f.now)
 }
 
 func (f *Forwarder) clock() time.Duration { return f.now.Sub(f.epoch) }

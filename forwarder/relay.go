@@ -188,7 +188,7 @@ func (fl *tcpFlow) pump() int {
 	}
 	n := up + down
 	if n > 0 {
-		fl.last = fl.t.f.clock()
+		fl.moved(fl.t.f)
 		if !fl.done {
 			fl.t.consider(fl, up, down)
 		}

@@ -52,3 +52,35 @@ func TestSpinBacksOff(t *testing.T) {
 		t.Errorf("after a success the penalty is %d", s.penalty)
 	}
 }
+
+// TestManyFlowsAreCounted: of the last moments, each once.
+func TestManyFlowsAreCounted(t *testing.T) {
+	var a activity
+	seen := make([]uint32, 2*manyFlows)
+	now := time.Unix(1000, 0)
+	note := func(n int) {
+		for i := range n {
+			a.note(&seen[i], now)
+			a.note(&seen[i], now)
+		}
+	}
+	for _, step := range []struct {
+		after time.Duration
+		flows int
+		many  bool
+	}{
+		{0, manyFlows - 1, false},
+		{activityPeriod / 2, manyFlows - 1, false},
+		{activityPeriod / 2, manyFlows, true},
+		{activityPeriod, 1, true},
+		{activityPeriod, 1, false},
+		{activityPeriod, 2 * manyFlows, true},
+		{time.Hour, 1, false},
+	} {
+		now = now.Add(step.after)
+		note(step.flows)
+		if a.many() != step.many {
+			t.Errorf("after %+v: many is %v", step, a.many())
+		}
+	}
+}

@@ -202,7 +202,7 @@ func (fl *spliceFlow) pump() int {
 		n += up
 	}
 	if n > 0 {
-		fl.last = fl.t.f.clock()
+		fl.moved(fl.t.f)
 	}
 	if fl.done {
 		return n / spliceCost
