@@ -177,10 +177,9 @@ type Forwarder struct {
 	epoch     time.Time // when the engine was made
 	now       time.Time // of the current turn
 	nextSweep time.Time
-	// What lies in sources is looked for at some sweeps only, for it takes a look
-	// at all flows.
-	sweepSources bool
-	nextSources  time.Time
+	// nextSources is when idle sources are looked for, which takes a look at all
+	// flows: not at every sweep.
+	nextSources time.Time
 
 	// Flows that something was said of by other goroutines, which append.
 	queueMu sync.Mutex
@@ -431,8 +430,9 @@ const sweepEvery = 5 * time.Second
 // sweep ends what has been idle too long.
 func (f *Forwarder) sweep() {
 	f.nextSweep = f.now.Add(sweepEvery)
-	if f.sweepSources = !f.now.Before(f.nextSources); f.sweepSources {
+	if !f.now.Before(f.nextSources) {
 		f.nextSources = f.now.Add(unreadTime)
+		f.sweepSources()
 	}
 	f.tcp.sweep()
 	f.udp.sweep()

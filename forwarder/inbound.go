@@ -550,12 +550,6 @@ func (t *inboundTable) sweep() {
 	}
 	t.udp.sweep()
 	t.pipes.trim()
-	if t.f.sweepSources {
-		for fl := range t.flows {
-			fl.host.consumeIdle(fl.last, t.f.clock())
-			fl.guest.consumeIdle(fl.last, t.f.clock())
-		}
-	}
 	for _, in := range t.insides {
 		if t.f.now.Sub(in.trimmed) >= sweepEvery {
 			in.trimmed = t.f.now

@@ -137,6 +137,17 @@ func rawRecv(fd int, b []byte, flags int) (int, unix.Errno) {
 	}
 }
 
+// rawDiscard takes up to n bytes out of a TCP socket and keeps none (tcp(7),
+// MSG_TRUNC).
+func rawDiscard(fd, n int) (int, unix.Errno) {
+	for {
+		r, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), 0, uintptr(n), unix.MSG_DONTWAIT|unix.MSG_TRUNC, 0, 0)
+		if errno != unix.EINTR {
+			return int(r), errno
+		}
+	}
+}
+
 func rawSendmsg(fd int, m *unix.Msghdr) (int, unix.Errno) {
 	for {
 		r, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(m)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)

@@ -2,7 +2,6 @@ package forwarder
 
 import (
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -104,11 +103,11 @@ func (s *source) canPeek() bool {
 // consume takes what was read out of the socket.
 func (s *source) consume() unix.Errno {
 	for tries := 0; s.unread > 0; tries++ {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(nil)), uintptr(s.unread), unix.MSG_DONTWAIT|unix.MSG_TRUNC, 0, 0)
+		n, errno := rawDiscard(s.fd, s.unread)
 		switch {
 		case errno == 0 && n > 0:
-			s.unread -= int(n)
-		case (errno == unix.EAGAIN || errno == unix.EINTR) && tries < 100:
+			s.unread -= n
+		case errno == unix.EAGAIN && tries < 100:
 			// A signal is pending where urgent data begins.
 		case errno == 0 || errno == unix.EAGAIN:
 			return unix.ECONNABORTED // cannot happen: the bytes were there
@@ -117,6 +116,18 @@ func (s *source) consume() unix.Errno {
 		}
 	}
 	return 0
+}
+
+// sweepSources takes what was read out of the sockets of idle flows.
+func (f *Forwarder) sweepSources() {
+	now := f.clock()
+	for fl := range f.tcp.flows {
+		fl.consumeIdle(fl.last, now)
+	}
+	for fl := range f.inbound.flows {
+		fl.host.consumeIdle(fl.last, now)
+		fl.guest.consumeIdle(fl.last, now)
+	}
 }
 
 // consumeIdle takes what was read out of a socket whose flow was last used then.

@@ -33,40 +33,6 @@ const (
 
 func (s *spinner) due() bool { return s.streak >= spinStreak }
 
-// An activity counts the flows that move something. Where they are many the next event
-// is soon there whether the engine waits awake or asleep, and asleep it leaves the
-// processor to those who make the event.
-type activity struct {
-	since       time.Time
-	turn        uint32 // numbers the periods
-	now, before int    // flows in this period and in the one before
-}
-
-const (
-	// activityPeriod is how long flows are counted.
-	activityPeriod = time.Millisecond
-	// manyFlows is how many flows make spinning vain.
-	manyFlows = 8
-)
-
-// note counts a flow, which was last counted in the period seen, at now.
-func (a *activity) note(seen *uint32, now time.Time) {
-	if past := now.Sub(a.since); past >= activityPeriod {
-		a.before, a.now = a.now, 0
-		if past >= 2*activityPeriod {
-			a.before = 0
-		}
-		a.turn++
-		a.since = now
-	}
-	if *seen != a.turn {
-		*seen = a.turn
-		a.now++
-	}
-}
-
-func (a *activity) many() bool { return max(a.now, a.before) >= manyFlows }
-
 // woken notes an event that the engine slept for, for about d.
 func (s *spinner) woken(d time.Duration) {
 	switch {
@@ -98,6 +64,40 @@ func (f *Forwarder) spinUntilEvent() (found bool) {
 	f.spin.spun(found)
 	return found
 }
+
+// An activity counts the flows that move something. Where they are many the next event
+// is soon there whether the engine waits awake or asleep, and asleep it leaves the
+// processor to those who make the event.
+type activity struct {
+	since       time.Time
+	period      uint32 // its number
+	now, before int    // flows in this period and in the one before
+}
+
+const (
+	// activityPeriod is how long flows are counted.
+	activityPeriod = time.Millisecond
+	// manyFlows is how many flows make spinning vain.
+	manyFlows = 8
+)
+
+// note counts a flow, which was last counted in the period seen, at now.
+func (a *activity) note(seen *uint32, now time.Time) {
+	if past := now.Sub(a.since); past >= activityPeriod {
+		a.before, a.now = a.now, 0
+		if past >= 2*activityPeriod {
+			a.before = 0
+		}
+		a.period++
+		a.since = now
+	}
+	if *seen != a.period {
+		*seen = a.period
+		a.now++
+	}
+}
+
+func (a *activity) many() bool { return max(a.now, a.before) >= manyFlows }
 
 // A napper decides whether the engine sleeps in a system call of its own. To park
 // its goroutine instead takes five system calls and wakes the runtime's monitor,

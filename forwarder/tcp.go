@@ -375,11 +375,6 @@ func (t *tcpTable) sweep() {
 	if len(t.draining) > 0 {
 		t.f.sweepIn(drainPoll)
 	}
-	if t.f.sweepSources {
-		for fl := range t.flows {
-			fl.consumeIdle(fl.last, t.f.clock())
-		}
-	}
 	t.sweepHands()
 }
 

@@ -69,7 +69,7 @@ func openAll(ctx context.Context, network string, h holding, n int) (conns []net
 	all, failures := make([]net.Conn, n), make([]error, n)
 	each(n, h.Workers, func(i int) {
 		if network == "udp" && i < h.Both {
-			all[i], failures[i] = dialBoth(h.Addr, h.Second)
+			all[i], failures[i] = dialBoth([2]string{h.Addr, h.Second})
 		} else {
 			all[i], failures[i] = (&net.Dialer{Timeout: 20 * time.Second}).DialContext(ctx, network, h.Addr)
 		}
@@ -95,7 +95,7 @@ func openAll(ctx context.Context, network string, h holding, n int) (conns []net
 	return conns, o
 }
 
-func dialBoth(servers ...string) (net.Conn, error) {
+func dialBoth(servers [2]string) (net.Conn, error) {
 	var c twoServers
 	for i, s := range servers {
 		a, err := net.ResolveUDPAddr("udp4", s)
