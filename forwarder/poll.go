@@ -43,8 +43,7 @@ func (f *Forwarder) Watch(fd int, ready func()) (stop func(), err error) {
 type poller struct {
 	guest  Guest
 	fd     int
-	file   *os.File // the same, as the runtime's poller knows it
-	raw    syscall.RawConn
+	outer  outerPoll
 	look   func(fd uintptr) bool
 	woken  func()    // called when sleep is over, before events are dispatched
 	armed  time.Time // when sleep ends by itself; zero: not known
@@ -52,6 +51,35 @@ type poller struct {
 	events [128]unix.EpollEvent
 	slots  []slot
 	free   []int32
+}
+
+// outerPoll is an epoll descriptor that the runtime's poller knows. It watches the one
+// of a poller while that sleeps. Were that watched by the runtime itself, everybody who
+// makes an event, awake or asleep as the engine is, would pay for telling two.
+type outerPoll struct {
+	fd   int
+	file *os.File // the same
+	raw  syscall.RawConn
+}
+
+func (o *outerPoll) open() error {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("forwarder: create epoll: %w", err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return fmt.Errorf("forwarder: prepare epoll: %w", err)
+	}
+	o.fd, o.file = fd, os.NewFile(uintptr(fd), "forwarder epoll")
+	if o.raw, err = o.file.SyscallConn(); err == nil {
+		err = o.file.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		o.file.Close()
+		return fmt.Errorf("forwarder: watch epoll: %w", err)
+	}
+	return nil
 }
 
 type slot struct {
@@ -64,17 +92,10 @@ func newPoller() (*poller, error) {
 	if err != nil {
 		return nil, fmt.Errorf("forwarder: create epoll: %w", err)
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
+	p := &poller{fd: fd}
+	if err := p.outer.open(); err != nil {
 		unix.Close(fd)
-		return nil, fmt.Errorf("forwarder: prepare epoll: %w", err)
-	}
-	p := &poller{fd: fd, file: os.NewFile(uintptr(fd), "forwarder epoll")}
-	if p.raw, err = p.file.SyscallConn(); err == nil {
-		err = p.file.SetDeadline(time.Time{})
-	}
-	if err != nil {
-		p.file.Close()
-		return nil, fmt.Errorf("forwarder: watch epoll: %w", err)
+		return nil, err
 	}
 	p.look = func(uintptr) bool {
 		p.looks++
@@ -161,7 +182,7 @@ func (p *poller) dispatch(n int) int {
 // timer is not set again for each.
 func (p *poller) arm(t time.Time) {
 	if p.armed.IsZero() || t.Before(p.armed) {
-		p.file.SetReadDeadline(t)
+		p.outer.file.SetReadDeadline(t)
 		p.armed = t
 	}
 }
@@ -172,7 +193,12 @@ func (p *poller) arm(t time.Time) {
 // which costs other goroutines time and the monitor its rest.
 func (p *poller) sleep() bool {
 	p.looks = 0
-	err := p.raw.Read(p.look)
+	ev := unix.EpollEvent{Events: unix.EPOLLIN}
+	if err := epollCtl(p.outer.fd, unix.EPOLL_CTL_ADD, p.fd, &ev); err != nil {
+		return p.doze(time.Millisecond) > 0 // no memory
+	}
+	err := p.outer.raw.Read(p.look)
+	_ = epollCtl(p.outer.fd, unix.EPOLL_CTL_DEL, p.fd, &ev)
 	if err != nil {
 		p.armed = time.Time{}
 	}
@@ -180,11 +206,14 @@ func (p *poller) sleep() bool {
 }
 
 // wake ends sleep, the present or the next one. It is for other goroutines.
-func (p *poller) wake() { p.file.SetReadDeadline(past) }
+func (p *poller) wake() { p.outer.file.SetReadDeadline(past) }
 
 var past = time.Unix(1, 0)
 
-func (p *poller) close() { p.file.Close() }
+func (p *poller) close() {
+	unix.Close(p.fd)
+	p.outer.file.Close()
+}
 
 func epollCtl(epfd, op, fd int, ev *unix.EpollEvent) error {
 	_, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(epfd), uintptr(op), uintptr(fd), uintptr(unsafe.Pointer(ev)), 0, 0)
