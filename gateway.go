@@ -115,7 +115,7 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 		g.stack.Close()
 		return nil, err
 	}
-	g.stack.SetHooks(stack.Hooks{TCP: g.fwd.HandleTCP, UDP: g.fwd.HandleUDP, Echo: g.fwd.HandleEcho})
+	g.stack.SetHooks(stack.Hooks{TCP: g.fwd.HandleTCP, Segment: g.fwd.HandleSegment, Sent: g.fwd.HandleSent, UDP: g.fwd.HandleUDP, Echo: g.fwd.HandleEcho})
 	if err := errors.Join(g.addDNS(c, a, policy, &outbound, s), g.addDHCP(c, a, link, mac, s, h)); err != nil {
 		g.stack.Close()
 		return nil, err
@@ -126,11 +126,6 @@ func joinRooms(c Config, link agent.Link, s seed, h hooks, dev device, end *tap.
 
 // guest is the stack as the forwarder sees it.
 type guest struct{ *stack.Stack }
-
-// Standing implements forwarder.Guest.
-func (g guest) Standing(guest, remote netip.AddrPort) forwarder.Standing {
-	return forwarder.Standing(g.Stack.Standing(guest, remote))
-}
 
 // SendICMPError implements forwarder.Guest.
 func (g guest) SendICMPError(e forwarder.ICMPError) error {

@@ -48,10 +48,6 @@ type network struct {
 // errorsTo adapts a stack to forwarder.Guest.
 type errorsTo struct{ *stack.Stack }
 
-func (g errorsTo) Standing(guest, remote netip.AddrPort) forwarder.Standing {
-	return forwarder.Standing(g.Stack.Standing(guest, remote))
-}
-
 func (g errorsTo) SendICMPError(e forwarder.ICMPError) error {
 	return g.Stack.SendICMPError(stack.ICMPError(e))
 }
@@ -83,7 +79,7 @@ func newNetwork(t testing.TB, mtu int, handle func(n *network, head []byte, payl
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.stk.SetHooks(stack.Hooks{TCP: n.fwd.HandleTCP, UDP: n.fwd.HandleUDP, Echo: n.fwd.HandleEcho})
+	n.stk.SetHooks(stack.Hooks{TCP: n.fwd.HandleTCP, Segment: n.fwd.HandleSegment, Sent: n.fwd.HandleSent, UDP: n.fwd.HandleUDP, Echo: n.fwd.HandleEcho})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.fwd.Run(ctx) }()

@@ -149,6 +149,11 @@ func (l *link) WriteFrame(_ vnet.Header, parts0, parts1, parts2 []byte) error {
 	return nil
 }
 
+// WriteSegment implements stack.Link.
+func (l *link) WriteSegment(h vnet.Header, head, payload []byte) error {
+	return l.WriteFrame(h, head, payload, nil)
+}
+
 // WritePackets implements stack.LinkWriter.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for _, pkt := range pkts.AsSlice() {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/usernet/usernet/internal/congestion"
@@ -53,31 +54,14 @@ type Guest interface {
 	Flush()
 	// Established tells that a TCP connection of the guest has come about.
 	Established()
-	// Follow has Standing tell how far the connection with these ends is from now
-	// on, as its segments say. Cut loses all that are to come, in both
-	// directions. Unfollow ends both.
-	Follow(guest, remote netip.AddrPort)
-	Standing(guest, remote netip.AddrPort) Standing
-	Cut(guest, remote netip.AddrPort)
-	Unfollow(guest, remote netip.AddrPort)
+	// WriteTCP sends a segment: a header without its checksum, and the payload. Where
+	// the payload is longer than mss bytes, or than what the link takes, the link has
+	// to cut it up.
+	WriteTCP(src, dst netip.Addr, h header.TCP, mss int, payload []byte) error
 	// SendEchoReply sends an echo reply with payload head+tail.
 	SendEchoReply(src, dst netip.Addr, ttl uint8, id, seq uint16, head, tail []byte) error
 	// SendICMPError reports what became of a packet of the guest.
 	SendICMPError(ICMPError) error
-}
-
-// A Standing is how far a connection of the guest is.
-type Standing struct {
-	// Known is set when both sides have been heard of, Settled when all that was
-	// sent is acknowledged, both ways.
-	Known, Settled bool
-	// Sent and Received are the sequence numbers that are next: of what
-	// netstack sends, and of what the guest does.
-	Sent, Received uint32
-	// GuestWindow and Window are what the guest and netstack have announced, as
-	// it is in the header.
-	GuestWindow, Window uint16
-	Timestamp           uint32 // netstack's last, 0 where there are none
 }
 
 // ICMPError describes a packet of the guest and what became of it.
@@ -142,6 +126,9 @@ type Stats struct {
 	TCPTotal, UDPTotal, EchoTotal             atomic.Uint64
 	// HandedOver counts TCP connections that went on without netstack.
 	HandedOver atomic.Uint64
+	// Predicted counts segments, in both directions, that went past netstack because
+	// they were what was expected next.
+	Predicted atomic.Uint64
 	// Refused counts dials that the far side or the network refused.
 	Refused atomic.Uint64
 	// Denied counts by Reason what the policy closed; DeniedSource datagrams
@@ -293,8 +280,9 @@ func (f *Forwarder) turn(ctx context.Context) error {
 	}
 	f.takeQueue()
 	f.runFlows()
+	waits := f.tcp.sendBurst()
 	f.tcp.handOver()
-	if worked || f.ready.n > 0 {
+	if worked || waits || f.ready.n > 0 {
 		f.poll.wait()
 		return nil
 	}

@@ -79,10 +79,9 @@ type hand struct {
 type handState uint8
 
 const (
-	handNot     handState = iota
-	handWatches           // until segments have told how far both sides are
-	handWaits             // for the moment
-	handAsked             // the guest's end is being made
+	handNot   handState = iota
+	handWaits           // for the moment
+	handAsked           // the guest's end is being made
 )
 
 // offer is what a SYN offers.
@@ -103,8 +102,8 @@ func (o *offer) set(syn *stack.PacketBuffer) {
 
 // cutFlow is a flow of which the link may still have something.
 type cutFlow struct {
-	guest, remote netip.AddrPort
-	since         time.Time
+	*tcpFlow
+	since time.Time
 }
 
 // consider begins to hand a flow over that is worth it, after a turn that has moved
@@ -123,17 +122,17 @@ func (t *tcpTable) consider(fl *tcpFlow, up, down int) {
 		in.adopted+len(t.handing) >= maxHanded {
 		return
 	}
-	h.in = in.insides[addrOf(fl.id.RemoteAddress)]
+	h.in = in.insides[fl.guest.Addr()]
 	if h.in != nil && t.f.now.Before(h.in.noHand) {
 		return
 	}
 	if h.in == nil {
-		in.want(addrOf(fl.id.RemoteAddress))
+		in.want(fl.guest.Addr())
 		return
 	}
-	h.state, h.until = handWatches, t.f.now.Add(handTime)
+	fl.leaveFast()
+	h.state, h.until = handWaits, t.f.now.Add(handTime)
 	t.handing = append(t.handing, fl)
-	t.f.guest.Follow(fl.ends())
 	t.f.sweepIn(handTime)
 }
 
@@ -156,14 +155,12 @@ func (t *tcpTable) handOver() {
 		if h.state == handAsked {
 			continue
 		}
-		st := t.f.guest.Standing(fl.ends())
+		tr := t.tracks.of(fl)
 		switch {
-		case st.Settled && fl.whole():
-			t.ask(fl, &st)
+		case tr.settled() && fl.whole():
+			t.ask(fl, &tr)
 		case t.f.now.After(h.until) || fl.hostHup || !fl.upOpen || !fl.downOpen:
 			t.keep(fl)
-		case h.state == handWatches && st.Known:
-			h.state = handWaits
 		}
 	}
 }
@@ -175,19 +172,13 @@ func (fl *tcpFlow) whole() bool {
 		tcp.EndpointState(fl.ep.State()) == tcp.StateEstablished
 }
 
-// ends are those of a flow, as the guest knows them.
-func (fl *tcpFlow) ends() (guest, remote netip.AddrPort) {
-	return netip.AddrPortFrom(addrOf(fl.id.RemoteAddress), fl.id.RemotePort), netip.AddrPortFrom(addrOf(fl.id.LocalAddress), fl.id.LocalPort)
-}
-
 // ask asks for the guest's end.
-func (t *tcpTable) ask(fl *tcpFlow, st *Standing) {
+func (t *tcpTable) ask(fl *tcpFlow, tr *track) {
 	h := &fl.hand
-	guest, remote := fl.ends()
 	c := Conn{
-		Guest: guest, Remote: remote, Sent: st.Sent, Received: st.Received,
-		SendWindow: uint32(st.GuestWindow), ReceiveWindow: uint32(st.Window),
-		Timestamps: fl.offer.timestamps, SACK: fl.offer.sack, MSS: fl.offer.mss, Timestamp: st.Timestamp,
+		Guest: fl.guest, Remote: fl.remote, Sent: tr.own.end, Received: tr.guest.end,
+		SendWindow: uint32(tr.guest.window), ReceiveWindow: uint32(tr.own.window),
+		Timestamps: fl.offer.timestamps, SACK: fl.offer.sack, MSS: fl.offer.mss, Timestamp: tr.own.stamp,
 	}
 	if fl.offer.scale >= 0 {
 		// Netstack derives its scale from the buffer's size.
@@ -202,7 +193,7 @@ func (t *tcpTable) ask(fl *tcpFlow, st *Standing) {
 		t.keep(fl)
 		return
 	}
-	t.f.guest.Cut(guest, remote)
+	t.tracks.cut(fl, true)
 	h.state, h.id, h.until = handAsked, in.lastDial, t.f.now.Add(handAnswerTime)
 	t.asked[h.id] = fl
 }
@@ -221,7 +212,7 @@ func (t *tcpTable) keep(fl *tcpFlow) {
 		}
 		fl.guestReadable = true
 	}
-	t.f.guest.Unfollow(fl.ends())
+	t.tracks.cut(fl, false)
 	t.handing = slices.DeleteFunc(t.handing, func(o *tcpFlow) bool { return o == fl })
 	h.state, h.bytes = handNot, 0
 	h.failed++
@@ -243,7 +234,7 @@ func (t *tcpTable) adopted(in *interior, id uint32, fd int, errno unix.Errno) bo
 		unix.Close(fd)
 		in.check(in.Release(id))
 	case fl != nil:
-		t.f.log.Debug("a connection stays where it is", "guest port", fl.id.RemotePort, "err", errno)
+		t.f.log.Debug("a connection stays where it is", "guest port", fl.guest.Port(), "err", errno)
 		t.keep(fl)
 		switch errno {
 		case unix.ENOENT, unix.EXDEV:
@@ -258,10 +249,9 @@ func (t *tcpTable) adopted(in *interior, id uint32, fd int, errno unix.Errno) bo
 // replace puts a spliceFlow in the place of a flow.
 func (t *tcpTable) replace(fl *tcpFlow, fd int) {
 	in := &t.f.inbound
-	guest, remote := fl.ends()
 	s := &spliceFlow{
 		t: in, by: fl.hand.in, number: fl.hand.id, usage: fl.usage,
-		client: t.f.dialled(TCP, remote), from: remote, to: guest,
+		client: t.f.dialled(TCP, fl.remote), from: fl.remote, to: fl.guest,
 	}
 	s.guest = spliceEnd{fl: s, source: source{fd: fd}, slot: -1, readable: true, writable: true}
 	var err error
@@ -286,7 +276,7 @@ func (t *tcpTable) replace(fl *tcpFlow, fd int) {
 	fl.ep.Abort() // the link loses the reset
 	delete(t.flows, fl)
 	t.handing = slices.DeleteFunc(t.handing, func(o *tcpFlow) bool { return o == fl })
-	t.cut = append(t.cut, cutFlow{guest, remote, t.f.now})
+	t.cut = append(t.cut, cutFlow{fl, t.f.now})
 	t.f.sweepIn(cutTime)
 	s.makeReady()
 }
@@ -324,7 +314,7 @@ func (t *inboundTable) strand(in *interior) {
 // sweepHands forgets what is long gone.
 func (t *tcpTable) sweepHands() {
 	for len(t.cut) > 0 && t.f.now.Sub(t.cut[0].since) >= cutTime {
-		t.f.guest.Unfollow(t.cut[0].guest, t.cut[0].remote)
+		t.tracks.remove(t.cut[0].tcpFlow)
 		t.cut = slices.Delete(t.cut, 0, 1)
 	}
 	if len(t.cut) > 0 {

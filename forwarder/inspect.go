@@ -233,7 +233,7 @@ func (d *dial) kill() {
 
 func (fl *tcpFlow) describe(to *Flow) {
 	to.Proto, to.State = TCP, fl.stateName()
-	to.Guest, to.Remote = fl.ends()
+	to.Guest, to.Remote = fl.guest, fl.remote
 	if to.Inbound = fl.inbound; fl.inbound {
 		to.Dialled = fl.client
 	} else {
@@ -258,6 +258,7 @@ func (fl *tcpFlow) stateName() string {
 
 func (fl *tcpFlow) kill() {
 	fl.t.keep(fl)
+	fl.leaveFast()
 	if fl.ep != nil {
 		fl.ep.Abort()
 	}

@@ -13,7 +13,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
@@ -31,8 +30,8 @@ const (
 // host, down the other way. Only the engine touches it, but for ev, wq and,
 // until evAccepted is raised, accepted.
 type tcpFlow struct {
-	t        *tcpTable
-	id       stack.TransportEndpointID
+	t *tcpTable
+	connection
 	ep       tcpip.Endpoint
 	accepted tcpip.Endpoint
 	wq       waiter.Queue
@@ -71,6 +70,8 @@ type tcpFlow struct {
 	// the flow over.
 	offer offer
 	hand  hand
+	track track // guarded by tracks.mu
+	fast  fastPath
 
 	// carry is what was read from the host and did not fit into the guest's
 	// send buffer; at most scratchSize.
@@ -113,6 +114,9 @@ func (fl *tcpFlow) ready(events uint32) {
 	}
 	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		fl.hostWritable = true
+	}
+	if !fl.plain() {
+		fl.leaveFast()
 	}
 	if fl.connecting {
 		fl.lostPatience(events)
@@ -203,6 +207,7 @@ func (fl *tcpFlow) pump() int {
 type relay struct {
 	iov     vector
 	scratch [scratchSize]byte
+	header  [stampedSize]byte
 	msg     unix.Msghdr
 	discard discard
 	small   bytesPayload
@@ -258,9 +263,7 @@ func (fl *tcpFlow) pumpUp(limit int) (moved int) {
 			fl.hostFailed()
 			return
 		}
-		fl.t.f.stats.BytesUp.Add(uint64(n))
-		fl.up += uint64(n)
-		fl.asked = true
+		fl.sentUp(n)
 		moved += n
 		r.discard = discard(n)
 		fl.ep.Read(&r.discard, tcpip.ReadOptions{})
@@ -275,6 +278,13 @@ func (fl *tcpFlow) pumpUp(limit int) (moved int) {
 		}
 	}
 	return moved
+}
+
+// sentUp notes that the host has been sent n bytes.
+func (fl *tcpFlow) sentUp(n int) {
+	fl.t.f.stats.BytesUp.Add(uint64(n))
+	fl.up += uint64(n)
+	fl.asked = true
 }
 
 // finReceived reports whether the guest's FIN has arrived, whose notification
@@ -300,6 +310,7 @@ func (fl *tcpFlow) guestFIN() {
 
 // hostFIN passes the host's FIN on.
 func (fl *tcpFlow) hostFIN() {
+	fl.leaveFast()
 	fl.downOpen = false
 	fl.ep.Shutdown(tcpip.ShutdownWrite)
 	if fl.upOpen {
@@ -415,8 +426,20 @@ func (fl *tcpFlow) readBulk() (int, unix.Errno) {
 	return int(n), 0
 }
 
-// writeSmall gives b to the guest's endpoint and returns how much it took.
+// writeSmall sends b to the guest and returns how much of it that was.
 func (fl *tcpFlow) writeSmall(b []byte) int {
+	fl.enterFast()
+	if fl.fast.on {
+		if fl.sendFast(b) {
+			return len(b)
+		}
+		fl.leaveFast()
+	}
+	return fl.writeEndpoint(b)
+}
+
+// writeEndpoint gives b to the guest's endpoint and returns how much it took.
+func (fl *tcpFlow) writeEndpoint(b []byte) int {
 	p := &fl.t.relay.small
 	p.b = b
 	n, err := fl.ep.Write(p, tcpip.WriteOptions{})
@@ -452,6 +475,7 @@ func (fl *tcpFlow) hostEOF() {
 // hostFailed handles an error of the host socket. What the host sent before it
 // failed may still be in the socket, and is the guest's.
 func (fl *tcpFlow) hostFailed() {
+	fl.leaveFast()
 	fl.upOpen = false
 	if fl.hostReset || !fl.downOpen {
 		fl.resetGuest()
@@ -466,6 +490,7 @@ const drainTime = 10 * time.Second
 
 // resetGuest resets the guest's end, as soon as it has taken what is queued for it.
 func (fl *tcpFlow) resetGuest() {
+	fl.leaveFast()
 	fl.upOpen, fl.downOpen = false, false
 	if fl.drained() {
 		fl.ep.Abort()
@@ -522,8 +547,10 @@ func (fl *tcpFlow) finish() {
 	if fl.done {
 		return
 	}
+	fl.leaveFast()
 	fl.done = true
 	fl.t.keep(fl)
+	fl.t.untrack(fl)
 	if fl.ep != nil {
 		fl.wq.EventUnregister(&fl.entry)
 		fl.ep.Close()

@@ -56,6 +56,8 @@ type rigOptions struct {
 	config  func(*forwarder.Config)
 	// bad makes the cable lose, repeat and reorder frames.
 	bad bool
+	// link, if not nil, is put between the guest and its end of the cable.
+	link func(*tap.Endpoint) gstack.LinkEndpoint
 }
 
 func newNetwork(t testing.TB, o rigOptions) *network {
@@ -83,6 +85,9 @@ func newNetwork(t testing.TB, o rigOptions) *network {
 	var link gstack.LinkEndpoint = theirs
 	if o.bad {
 		link = newBadLink(t, theirs)
+	}
+	if o.link != nil {
+		link = o.link(theirs)
 	}
 	if err := n.guest.CreateNIC(1, link); err != nil {
 		t.Fatal(err)
@@ -116,7 +121,7 @@ func newNetwork(t testing.TB, o rigOptions) *network {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.stk.SetHooks(stack.Hooks{TCP: n.fwd.HandleTCP, UDP: n.fwd.HandleUDP, Echo: n.fwd.HandleEcho})
+	n.stk.SetHooks(stack.Hooks{TCP: n.fwd.HandleTCP, Segment: n.fwd.HandleSegment, Sent: n.fwd.HandleSent, UDP: n.fwd.HandleUDP, Echo: n.fwd.HandleEcho})
 
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -229,10 +234,6 @@ func pumpGuest(e *tap.Endpoint, stop, stopped chan struct{}) {
 
 // errorsTo adapts a stack to forwarder.Guest.
 type errorsTo struct{ *stack.Stack }
-
-func (g errorsTo) Standing(guest, remote netip.AddrPort) forwarder.Standing {
-	return forwarder.Standing(g.Stack.Standing(guest, remote))
-}
 
 func (g errorsTo) SendICMPError(e forwarder.ICMPError) error {
 	return g.Stack.SendICMPError(stack.ICMPError(e))

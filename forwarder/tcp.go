@@ -37,6 +37,12 @@ type tcpTable struct {
 	asked   map[uint32]*tcpFlow
 	cut     []cutFlow
 
+	tracks tracks
+	ended  []*tcpFlow // whose endpoints are not gone
+	unsure fifo       // flows on the fast path that await an acknowledgement
+	spare  [][]byte   // memory for fast paths
+	burst  burst
+
 	mu        sync.Mutex                             // guards following
 	accepting map[stack.TransportEndpointID]*tcpFlow // handshakes under way
 }
@@ -64,6 +70,7 @@ func (t *tcpTable) init(f *Forwarder) {
 	t.half = make(map[*tcpFlow]time.Time)
 	t.accepting = make(map[stack.TransportEndpointID]*tcpFlow)
 	t.asked = make(map[uint32]*tcpFlow)
+	t.tracks.flows = make(map[connection]*tcpFlow)
 }
 
 // netstack returns what completes the handshake of the next flow.
@@ -291,7 +298,11 @@ func (t *tcpTable) reset(id stack.TransportEndpointID, syn *stack.PacketBuffer) 
 // guest's SYN. slot is the socket's place in the poller, or -1; events are what
 // the poller said with it.
 func (t *tcpTable) establish(id stack.TransportEndpointID, syn *stack.PacketBuffer, fd int, slot int32, events uint32) bool {
-	fl := &tcpFlow{t: t, id: id, source: source{fd: fd}, slot: slot, hostReadable: events&^unix.EPOLLOUT != 0, hostWritable: true, upOpen: true, downOpen: true}
+	fl := &tcpFlow{t: t, source: source{fd: fd}, slot: slot, hostReadable: events&^unix.EPOLLOUT != 0, hostWritable: true, upOpen: true, downOpen: true}
+	fl.connection = connection{
+		netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort),
+		netip.AddrPortFrom(addrOf(id.LocalAddress), id.LocalPort),
+	}
 	fl.offer.set(syn)
 	fl.hostHup = events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 	fl.urgent = events&unix.EPOLLPRI != 0
@@ -306,6 +317,7 @@ func (t *tcpTable) establish(id stack.TransportEndpointID, syn *stack.PacketBuff
 			return false
 		}
 	}
+	t.tracks.add(fl, header.TCP(syn.TransportHeader().Slice()))
 	t.mu.Lock()
 	t.accepting[id] = fl
 	t.mu.Unlock()
@@ -313,6 +325,7 @@ func (t *tcpTable) establish(id stack.TransportEndpointID, syn *stack.PacketBuff
 		t.mu.Lock()
 		delete(t.accepting, id)
 		t.mu.Unlock()
+		t.tracks.remove(fl)
 		t.f.poll.remove(fl.slot)
 		closeWithReset(fd)
 		return false
@@ -376,6 +389,8 @@ func (t *tcpTable) sweep() {
 		t.f.sweepIn(drainPoll)
 	}
 	t.sweepHands()
+	t.sweepFast()
+	t.sweepEnded()
 }
 
 func (t *tcpTable) close() {

@@ -78,10 +78,10 @@ func (t *tcpTable) connectGuest(fl *tcpFlow, from, to netip.AddrPort) tcpip.Erro
 		ep.Close()
 		return err
 	}
+	fl.connection.guest = to
 	if a, err := ep.GetLocalAddress(); err == nil {
-		fl.id.LocalAddress, fl.id.LocalPort = a.Addr, a.Port
+		fl.remote = netip.AddrPortFrom(addrOf(a.Addr), a.Port)
 	}
-	fl.id.RemoteAddress, fl.id.RemotePort = tcpip.AddrFromSlice(to.Addr().AsSlice()), to.Port()
 	return nil
 }
 

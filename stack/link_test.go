@@ -47,6 +47,10 @@ func (l *memLink) WriteFrame(h vnet.Header, head, a, b []byte) error {
 	return nil
 }
 
+func (l *memLink) WriteSegment(h vnet.Header, head, payload []byte) error {
+	return l.WriteFrame(h, head, payload, nil)
+}
+
 func (l *memLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
 	for _, p := range pkts.AsSlice() {
 		v := p.ToView()

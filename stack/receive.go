@@ -115,15 +115,14 @@ func (s *Stack) receive4(h vnet.Header, mac [6]byte, ip, tail []byte) bool {
 	return false
 }
 
-// admit reports whether a TCP segment may go on to netstack: a SYN may have to
+// admit reports whether a TCP segment is to go on to netstack: a SYN may have to
 // stay behind.
 func (s *Stack) admit(src, dst netip.Addr, l4, tail []byte) bool {
-	if !isSYN(l4) {
-		return s.follow.n.Load() == 0 || !s.follow.heard(src, dst, l4, len(l4)+len(tail))
+	if s.hooks.Segment != nil && s.hooks.Segment(src, dst, l4, tail, len(l4)+len(tail), !s.way.vouched) {
+		return false
 	}
-	if s.follow.n.Load() > 0 {
-		h := header.TCP(l4) // that is another connection
-		s.Unfollow(netip.AddrPortFrom(src, h.SourcePort()), netip.AddrPortFrom(dst, h.DestinationPort()))
+	if !isSYN(l4) {
+		return true
 	}
 	if !s.gate.take(s.clock.now()) {
 		s.stats.SYNsDropped.Add(1)

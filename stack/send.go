@@ -58,7 +58,7 @@ func (s *Stack) writeUDP(src, dst netip.AddrPort, gso int, payload []byte) error
 }
 
 // maxHeaders is the longest run of headers in front of a payload.
-const maxHeaders = ethLen + header.IPv6MinimumSize + header.IPv6FragmentHeaderSize
+const maxHeaders = ethLen + header.IPv6MinimumSize + header.TCPHeaderMaximumSize
 
 // headers are scratch memory for the headers of a frame: behind the interface
 // of the link they would be allocated for each.
@@ -128,6 +128,47 @@ func (s *Stack) SendEchoReply(src, dst netip.Addr, ttl uint8, id, seq uint16, he
 	}
 	payload := append(append(make([]byte, 0, len(head)+len(tail)), head...), tail...)
 	return s.writeFragments(src, dst, proto, m, payload)
+}
+
+// WriteTCP sends a TCP segment with a header that has all but its checksum. A payload
+// longer than mss bytes, or than the link's MTU allows, is for the link to cut up.
+func (s *Stack) WriteTCP(src, dst netip.Addr, h header.TCP, mss int, payload []byte) error {
+	f := headers.Get().(*[maxHeaders]byte)
+	defer headers.Put(f)
+	const proto = uint8(header.TCPProtocolNumber)
+	size := len(h) + len(payload)
+	mac := s.neigh.lookup(dst)
+	v := vnet.Header{GSOType: vnet.GSOTCPv4}
+	n := ethLen + header.IPv4MinimumSize
+	if dst.Is4() {
+		s.ethHeader(f[:], mac, uint16(header.IPv4ProtocolNumber))
+		s.ipv4Header(f[ethLen:], src, dst, proto, defaultTTL, size, 0, header.IPv4FlagDontFragment<<13)
+	} else {
+		v.GSOType = vnet.GSOTCPv6
+		n = ethLen + header.IPv6MinimumSize
+		s.ethHeader(f[:], mac, uint16(header.IPv6ProtocolNumber))
+		ipv6Header(f[ethLen:], src, dst, proto, defaultTTL, size)
+	}
+	mss = min(mss, int(s.link.MTU())-(n-ethLen)-len(h))
+	t := header.TCP(f[n : n+copy(f[n:], h)])
+	n += len(t)
+	pseudo := pseudoSum(src, dst, proto, size)
+	if !s.vnet {
+		if len(payload) > mss {
+			return errTooLong
+		}
+		t.SetChecksum(0)
+		t.SetChecksum(^checksum.Combine(sumPieces(t, payload), pseudo))
+		return s.link.WriteSegment(vnet.Header{}, f[:n], payload)
+	}
+	t.SetChecksum(pseudo)
+	v.Flags, v.CsumStart, v.CsumOffset, v.HdrLen = vnet.NeedsCsum, uint16(n-len(t)), header.TCPChecksumOffset, uint16(n)
+	if len(payload) > mss {
+		v.GSOSize = uint16(mss)
+	} else {
+		v.GSOType = vnet.GSONone
+	}
+	return s.link.WriteSegment(v, f[:n], payload)
 }
 
 // sendICMPv6 sends an ICMPv6 message, whose checksum it fills.

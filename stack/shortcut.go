@@ -32,7 +32,7 @@ type shortcutProtocol struct {
 
 // NewEndpoint implements stack.NetworkProtocol.
 func (p *shortcutProtocol) NewEndpoint(nic stack.NetworkInterface, d stack.TransportDispatcher) stack.NetworkEndpoint {
-	inner := p.NetworkProtocol.NewEndpoint(nic, d).(networkEndpoint)
+	inner := p.NetworkProtocol.NewEndpoint(nic, longWay{d.(stack.TransportDispatcherWithDefaultHandlerResult), p.s}).(networkEndpoint)
 	if p.Number() == ipv4.ProtocolNumber {
 		return &shortcut4{inner, p.s, d}
 	}
@@ -56,6 +56,23 @@ type way struct {
 	vouched bool
 	// long is set on the way through netstack's IP layer.
 	long bool
+}
+
+// longWay is where netstack's IP layer delivers what it was handed.
+type longWay struct {
+	stack.TransportDispatcherWithDefaultHandlerResult
+	s *Stack
+}
+
+// DeliverTransportPacket implements stack.TransportDispatcher.
+func (w longWay) DeliverTransportPacket(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) stack.TransportPacketDisposition {
+	if h := pkt.TransportHeader().Slice(); proto == header.TCPProtocolNumber && w.s.hooks.Segment != nil {
+		n := pkt.Network()
+		if w.s.hooks.Segment(addrOf(n.SourceAddress()), addrOf(n.DestinationAddress()), h, nil, len(h)+pkt.Data().Size(), !pkt.RXChecksumValidated) {
+			return stack.TransportPacketHandled
+		}
+	}
+	return w.TransportDispatcherWithDefaultHandlerResult.DeliverTransportPacket(proto, pkt)
 }
 
 // takeLongWay hands netstack a packet with options, extension headers, or a part of
@@ -100,7 +117,7 @@ func deliverTCP(d stack.TransportDispatcher, proto tcpip.NetworkProtocolNumber, 
 
 // WritePacket implements stack.NetworkEndpoint.
 func (e *shortcut4) WritePacket(r *stack.Route, params stack.NetworkHeaderParams, pkt *stack.PacketBuffer) tcpip.Error {
-	if e.s.follow.n.Load() > 0 && params.Protocol == header.TCPProtocolNumber && e.s.follow.said(r, pkt) {
+	if params.Protocol == header.TCPProtocolNumber && e.s.sent(r, pkt) {
 		return nil
 	}
 	if !short(r, params, pkt) {
@@ -118,6 +135,16 @@ func (e *shortcut4) WritePacket(r *stack.Route, params stack.NetworkHeaderParams
 	copy(ip[16:], dst.AsSlice())
 	ip.SetChecksum(^ip.CalculateChecksum())
 	return e.s.writeShort(ipv4.ProtocolNumber, dst, pkt)
+}
+
+// sent shows a segment of netstack's to the hook, and reports whether the link is to lose
+// it.
+func (s *Stack) sent(r *stack.Route, pkt *stack.PacketBuffer) bool {
+	if s.hooks.Sent == nil {
+		return false
+	}
+	left := pkt.GSOOptions.Type != stack.GSONone && pkt.GSOOptions.NeedsCsum
+	return s.hooks.Sent(addrOf(r.RemoteAddress()), addrOf(r.LocalAddress()), pkt.TransportHeader().Slice(), pkt.Data().Size(), !left)
 }
 
 // short reports whether a packet is TCP for the guest that needs no fragments.
@@ -154,7 +181,7 @@ func (e *shortcut6) HandlePacket(pkt *stack.PacketBuffer) {
 
 // WritePacket implements stack.NetworkEndpoint.
 func (e *shortcut6) WritePacket(r *stack.Route, params stack.NetworkHeaderParams, pkt *stack.PacketBuffer) tcpip.Error {
-	if e.s.follow.n.Load() > 0 && params.Protocol == header.TCPProtocolNumber && e.s.follow.said(r, pkt) {
+	if params.Protocol == header.TCPProtocolNumber && e.s.sent(r, pkt) {
 		return nil
 	}
 	if !short(r, params, pkt) {

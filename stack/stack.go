@@ -40,6 +40,8 @@ type Link interface {
 	SetReceiver(receive func(h vnet.Header, eth, tail []byte) bool, resolve func(tcpip.Address) [6]byte)
 	// WriteFrame sends the frame that head, a and b make up.
 	WriteFrame(h vnet.Header, head, a, b []byte) error
+	// WriteSegment sends the frame of a TCP segment, of which head is all headers.
+	WriteSegment(h vnet.Header, head, payload []byte) error
 	// WritePacket sends a packet that has all but its link header.
 	WritePacket(to tcpip.Address, pkt *stack.PacketBuffer) tcpip.Error
 	// Detach lets go of the device, while frames may still be sent.
@@ -84,6 +86,16 @@ type Hooks struct {
 	// transport protocol handler of netstack. Not consumed ones are
 	// answered with a reset.
 	TCP func(stack.TransportEndpointID, *stack.PacketBuffer) bool
+	// Segment is called with every TCP segment of the guest's: l4 is the header and the
+	// beginning of the payload, tail the rest, and size the length in bytes. Where l4
+	// and tail are shorter, the rest of the payload is elsewhere. summed says that the
+	// checksum is filled in. A segment that it consumes goes nowhere else. It may
+	// change the header.
+	Segment func(src, dst netip.Addr, l4, tail []byte, size int, summed bool) bool
+	// Sent is called by any goroutine with the header of every TCP segment that
+	// netstack sends to the guest dst, with size bytes of payload. One that it consumes
+	// is lost. It may change the header, and must not call netstack.
+	Sent func(dst, src netip.Addr, h header.TCP, size int, summed bool) bool
 	// UDP is called with every datagram. gso is 0, or the size of the
 	// datagrams that make up the payload (the last one may be shorter).
 	UDP func(src, dst netip.AddrPort, ttl uint8, gso int, head, tail []byte)
@@ -132,7 +144,6 @@ type Stack struct {
 	icmpLim *rate.Limiter
 	ipID    atomic.Uint32
 	gate    gate
-	follow  follower
 	gather  gather
 	way     way
 	handed  []*packetConn // whose handlers took datagrams since the last Flush

@@ -414,6 +414,54 @@ func TestPacketConn(t *testing.T) {
 	}
 }
 
+// TestWriteTCP: the link gets a whole frame, with what is left for it to do said in the
+// frame's own header.
+func TestWriteTCP(t *testing.T) {
+	for _, offload := range []bool{false, true} {
+		s, l := newTestStack(t, offload)
+		for _, ends := range [][2]netip.Addr{{tGuest4, netip.MustParseAddr("192.0.2.1")}, {tGuest6, netip.MustParseAddr("2001:db8::1")}} {
+			guest, remote := ends[0], ends[1]
+			h := header.TCP(make([]byte, header.TCPMinimumSize))
+			h.Encode(&header.TCPFields{SrcPort: 80, DstPort: 40000, SeqNum: 7, AckNum: 9, DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagAck, WindowSize: 11})
+			payload := bytes.Repeat([]byte("p"), 999)
+			if err := s.WriteTCP(remote, guest, h, 500, payload); (err == nil) != offload {
+				t.Errorf("offload %v: a payload of two segments: %v", offload, err)
+			}
+			long := l.take()
+			if err := s.WriteTCP(remote, guest, h, 1460, payload); err != nil {
+				t.Fatal(err)
+			}
+			f := l.take()
+			if len(f) != 1 {
+				t.Fatalf("%d frames", len(f))
+			}
+			ip := ethLen + header.IPv4MinimumSize
+			if guest.Is6() {
+				ip = ethLen + header.IPv6MinimumSize
+			}
+			b := f[0].b
+			l4 := header.TCP(b[ip:])
+			if l4.SequenceNumber() != 7 || l4.AckNumber() != 9 || l4.DestinationPort() != 40000 || !bytes.Equal(l4[header.TCPMinimumSize:], payload) {
+				t.Errorf("sent % x", b)
+			}
+			pseudo := pseudoSum(remote, guest, uint8(header.TCPProtocolNumber), len(l4))
+			if !offload {
+				if f[0].h != (vnet.Header{}) || checksum.Checksum(l4, pseudo) != 0xffff {
+					t.Errorf("without offload: %+v, checksum %x", f[0].h, l4.Checksum())
+				}
+				continue
+			}
+			want := vnet.Header{Flags: vnet.NeedsCsum, HdrLen: uint16(ip + len(h)), CsumStart: uint16(ip), CsumOffset: header.TCPChecksumOffset}
+			if f[0].h != want || l4.Checksum() != pseudo {
+				t.Errorf("with offload: %+v and checksum %x, want %+v and %x", f[0].h, l4.Checksum(), want, pseudo)
+			}
+			if len(long) != 1 || long[0].h.GSOSize != 500 || long[0].h.GSOType == vnet.GSONone {
+				t.Errorf("two segments: %+v", long)
+			}
+		}
+	}
+}
+
 func TestRouterConn(t *testing.T) {
 	s, l := newTestStack(t, true)
 	c, err := s.ListenRouter()

@@ -61,14 +61,33 @@ type ackSlot struct {
 	frame [maxAckFrame]byte
 }
 
-// hold decides about a TCP packet that netstack sends, and reports whether it
+// holdPacket decides about a TCP packet that netstack sends, and reports whether it
 // keeps it.
-func (a *ackHolder) hold(e *Endpoint, pkt *stack.PacketBuffer) bool {
-	tcp := header.TCP(pkt.TransportHeader().Slice())
+func (a *ackHolder) holdPacket(e *Endpoint, pkt *stack.PacketBuffer) bool {
+	h := vnet.Header{}
+	if e.vnetHdr {
+		h = gsoHeader(pkt)
+	}
+	return a.hold(e, h, pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice(), pkt.Data().Size(), pkt.Size(), func(frame []byte) {
+		views, skip := pkt.AsViewList()
+		for v := views.Front(); v != nil; v = v.Next() {
+			b := v.AsSlice()
+			if skip >= len(b) {
+				skip -= len(b)
+				continue
+			}
+			frame = frame[copy(frame, b[skip:]):]
+			skip = 0
+		}
+	})
+}
+
+// hold decides about the frame of size bytes that has these headers and so much
+// payload, and reports whether it keeps it, as written by fill.
+func (a *ackHolder) hold(e *Endpoint, h vnet.Header, ip []byte, tcp header.TCP, payload, size int, fill func(frame []byte)) bool {
 	if len(tcp) < header.TCPMinimumSize {
 		return false
 	}
-	ip := pkt.NetworkHeader().Slice()
 	ports := binary.BigEndian.Uint32(tcp)
 	addr := addrDigest(ip)
 	ack, flags := tcp.AckNumber(), tcp.Flags()
@@ -82,10 +101,10 @@ func (a *ackHolder) hold(e *Endpoint, pkt *stack.PacketBuffer) bool {
 		a.send(e, i) // the slot gets another flow
 	}
 	advance := ack - s.ack
-	bare := flags == header.TCPFlagAck && pkt.Data().Size() == 0 && len(tcp) <= header.TCPMinimumSize+12
+	bare := flags == header.TCPFlagAck && payload == 0 && len(tcp) <= header.TCPMinimumSize+12
 	if bare && same && advance > 0 && advance <= maxAckHeld {
 		if s.size == 0 {
-			if pkt.Size() > maxAckFrame {
+			if size > maxAckFrame {
 				return false
 			}
 			a.list[a.n] = i
@@ -95,22 +114,9 @@ func (a *ackHolder) hold(e *Endpoint, pkt *stack.PacketBuffer) bool {
 				a.notify()
 			}
 		}
-		s.h = vnet.Header{}
-		if e.vnetHdr {
-			s.h = gsoHeader(pkt)
-		}
-		views, skip := pkt.AsViewList()
-		n := 0
-		for v := views.Front(); v != nil; v = v.Next() {
-			b := v.AsSlice()
-			if skip >= len(b) {
-				skip -= len(b)
-				continue
-			}
-			n += copy(s.frame[n:], b[skip:])
-			skip = 0
-		}
-		s.size = uint8(n)
+		s.h = h
+		fill(s.frame[:size])
+		s.size = uint8(size)
 		s.ack = ack
 		e.stats.AcksHeld.Add(1)
 		return true

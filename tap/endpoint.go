@@ -340,6 +340,22 @@ func (e *Endpoint) WriteFrame(h vnet.Header, head, a, b []byte) error {
 	return e.writev(arr[:n], len(head)+len(a)+len(b))
 }
 
+// WriteSegment is WriteFrame for a TCP segment, of which head is all headers. A bare
+// acknowledgement may be kept back.
+func (e *Endpoint) WriteSegment(h vnet.Header, head, payload []byte) error {
+	if e.holdAcks {
+		ip := head[header.EthernetMinimumSize:]
+		l3 := header.IPv4MinimumSize
+		if ip[0]>>4 == 6 {
+			l3 = header.IPv6MinimumSize
+		}
+		if e.acks.hold(e, h, ip[:l3], header.TCP(ip[l3:]), len(payload), len(head)+len(payload), func(frame []byte) { copy(frame, head) }) {
+			return nil
+		}
+	}
+	return e.WriteFrame(h, head, payload, nil)
+}
+
 // writev sends one frame of size bytes. A frame is atomic in the kernel, so
 // concurrent senders need no lock.
 func (e *Endpoint) writev(iov []unix.Iovec, size int) error {
@@ -426,7 +442,7 @@ func (e *Endpoint) WritePacket(to tcpip.Address, pkt *stack.PacketBuffer) tcpip.
 }
 
 func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) error {
-	if e.holdAcks && pkt.TransportProtocolNumber == header.TCPProtocolNumber && e.acks.hold(e, pkt) {
+	if e.holdAcks && pkt.TransportProtocolNumber == header.TCPProtocolNumber && e.acks.holdPacket(e, pkt) {
 		return nil
 	}
 	var pre [vnet.Size]byte

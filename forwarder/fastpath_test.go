@@ -1,0 +1,287 @@
+package forwarder_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/usernet/usernet/internal/vnet"
+	"github.com/usernet/usernet/tap"
+)
+
+// fast asks so often for a small answer that the connection is on the fast path.
+func fast(t *testing.T, n *network, c net.Conn, next *byte) {
+	t.Helper()
+	before := n.fwd.Stats().Predicted.Load()
+	for range 20 {
+		if err := ask(c, 100, next); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n.fwd.Stats().Predicted.Load() == before {
+		t.Fatal("nothing goes past netstack")
+	}
+}
+
+// TestFastPathOnABadLink: with segments lost, repeated and overtaken, flows leave the
+// fast path and come back, and every byte arrives once.
+func TestFastPathOnABadLink(t *testing.T) {
+	const flows, turns = 8, 80
+	for _, v := range variants[3:4] {
+		n := newNetwork(t, v.opt)
+		port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+		var wg sync.WaitGroup
+		for i := range flows {
+			r := seeded(t)
+			wg.Go(func() {
+				c, err := n.dial(at(gateway4, port))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(120 * time.Second))
+				var next byte
+				for k := range turns {
+					size := 1 + r.IntN(3000)
+					if r.IntN(20) == 0 {
+						size = 1 + r.IntN(50000)
+					}
+					if err := ask(c, size, &next); err != nil {
+						t.Errorf("flow %d, answer %d: %v", i, k, err)
+						return
+					}
+				}
+				c.Write(make([]byte, 4))
+				if b, err := io.ReadAll(c); len(b) > 0 || err != nil {
+					t.Errorf("flow %d ends with %d bytes and %v", i, len(b), err)
+				}
+			})
+		}
+		wg.Wait()
+		if n.fwd.Stats().Predicted.Load() == 0 {
+			t.Error("nothing went past netstack")
+		}
+	}
+}
+
+// TestFastPathToAFullServer: a server that does not read loses nothing of what its
+// socket has no room for.
+func TestFastPathToAFullServer(t *testing.T) {
+	const size, piece = 12 << 20, 3000
+	n := newNetwork(t, variants[0].opt)
+	begin, sum := make(chan struct{}), make(chan error, 1)
+	port := listen(t, func(c *net.TCPConn) {
+		answering(c, func(c *net.TCPConn) {
+			<-begin
+			b := make([]byte, size)
+			_, err := io.ReadFull(c, b)
+			for i := range b {
+				if err == nil && b[i] != byte(i/piece) {
+					err = fmt.Errorf("byte %d is %d", i, b[i])
+				}
+			}
+			sum <- err
+		})
+	})
+	c, err := n.dial(at(gateway4, port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	var next byte
+	fast(t, n, c, &next)
+	c.Write(make([]byte, 4))
+	time.AfterFunc(300*time.Millisecond, func() { close(begin) })
+	b := make([]byte, piece)
+	for at := 0; at < size; at += piece {
+		for i := range b {
+			b[i] = byte(at / piece)
+		}
+		if _, err := c.Write(b[:min(piece, size-at)]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-sum; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFastPathToAFullGuest: answers to a guest that does not read wait for it.
+func TestFastPathToAFullGuest(t *testing.T) {
+	const turns, size = 8000, 1000
+	n := newNetwork(t, variants[0].opt)
+	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+	c, err := n.dial(at(gateway4, port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	var next byte
+	fast(t, n, c, &next)
+	var requests []byte
+	for range turns {
+		requests = binary.BigEndian.AppendUint32(requests, size)
+	}
+	if _, err := c.Write(append(requests, 0, 0, 0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond)
+	b, err := io.ReadAll(c)
+	if len(b) != turns*size || err != nil {
+		t.Fatalf("%d bytes and %v, want %d", len(b), err, turns*size)
+	}
+	for i, x := range b {
+		if x != next {
+			t.Fatalf("byte %d is %d, want %d", i, x, next)
+		}
+		next++
+	}
+}
+
+// TestFastPathHalfClosed: what the server says after the guest's FIN arrives, and what
+// the guest says after the server's.
+func TestFastPathHalfClosed(t *testing.T) {
+	n := newNetwork(t, variants[1].opt)
+	heard := make(chan error, 1)
+	port := listen(t, func(c *net.TCPConn) {
+		answering(c, func(c *net.TCPConn) {
+			c.CloseWrite()
+			b, err := io.ReadAll(c)
+			if string(b) != "the guest's last words" {
+				err = errors.Join(err, fmt.Errorf("the server hears %q", b))
+			}
+			heard <- err
+			c.Close()
+		})
+	})
+	for range 10 {
+		c, err := n.dial(at(gateway4, port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(60 * time.Second))
+		var next byte
+		fast(t, n, c, &next)
+		c.Write(make([]byte, 4))
+		if b, err := io.ReadAll(c); len(b) > 0 || err != nil {
+			t.Fatalf("%d bytes and %v after the last answer", len(b), err)
+		}
+		c.Write([]byte("the guest's last words"))
+		c.CloseWrite()
+		if err := <-heard; err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+}
+
+// TestFastPathPortsAgain: a connection from a port that one has just been on, whose
+// sequence numbers were not netstack's.
+func TestFastPathPortsAgain(t *testing.T) {
+	n := newNetwork(t, variants[0].opt)
+	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+	to, proto := full(at(gateway4, port))
+	from, _ := full(at(guest4, 45678))
+	for i := range 20 {
+		var c *gonet.TCPConn
+		var err error
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			// The guest's last endpoint may have to end yet.
+			if c, err = gonet.DialTCPWithBind(t.Context(), n.guest, from, to, proto); err == nil || time.Now().After(end) {
+				break
+			}
+		}
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		var next byte
+		fast(t, n, c, &next)
+		c.Write(make([]byte, 4))
+		if b, err := io.ReadAll(c); len(b) > 0 || err != nil {
+			t.Fatalf("connection %d: %d bytes and %v after the last answer", i, len(b), err)
+		}
+		c.Close()
+	}
+}
+
+// TestFastPathAndTheLongWay: segments with IP options go through netstack's IP layer, and
+// may come in the middle of a connection that is on the fast path.
+func TestFastPathAndTheLongWay(t *testing.T) {
+	opt := variants[0].opt
+	opt.link = func(e *tap.Endpoint) gstack.LinkEndpoint { return &optionLink{Endpoint: e} }
+	n := newNetwork(t, opt)
+	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+	c, err := n.dial(at(gateway4, port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	var next byte
+	for i := range 300 {
+		if err := ask(c, 1+i, &next); err != nil {
+			t.Fatalf("answer %d: %v", i, err)
+		}
+	}
+	c.Write(make([]byte, 4))
+	if b, err := io.ReadAll(c); len(b) > 0 || err != nil {
+		t.Fatalf("%d bytes and %v after the last answer", len(b), err)
+	}
+	if n.fwd.Stats().Predicted.Load() == 0 {
+		t.Error("nothing went past netstack")
+	}
+	if again := n.guest.Stats().TCP.Retransmits.Value(); again > 5 {
+		t.Errorf("the guest had to repeat %d segments", again)
+	}
+}
+
+// optionLink puts an option into the IP header of every eleventh packet.
+type optionLink struct {
+	*tap.Endpoint
+
+	mu sync.Mutex // guards following
+	n  int
+}
+
+func (l *optionLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range pkts.AsSlice() {
+		if l.n++; l.n%11 != 0 || p.NetworkProtocolNumber != header.IPv4ProtocolNumber {
+			var one gstack.PacketBufferList
+			one.PushBack(p.IncRef())
+			l.Endpoint.WritePackets(one)
+			one.DecRef()
+			continue
+		}
+		const l3 = header.EthernetMinimumSize
+		b := p.ToView().AsSlice()
+		f := append(append(append([]byte(nil), b[:l3+header.IPv4MinimumSize]...), 1, 1, 1, 0), b[l3+header.IPv4MinimumSize:]...)
+		ip := header.IPv4(f[l3:])
+		ip[0]++ // the length of the header, in words
+		ip.SetTotalLength(ip.TotalLength() + 4)
+		ip.SetChecksum(0)
+		ip.SetChecksum(^checksum.Checksum(ip[:ip.HeaderLength()], 0))
+		h := vnet.Header{Flags: vnet.NeedsCsum, CsumStart: l3 + uint16(ip.HeaderLength()), CsumOffset: p.GSOOptions.CsumOffset}
+		if !p.GSOOptions.NeedsCsum {
+			h = vnet.Header{}
+		}
+		l.Endpoint.WriteFrame(h, f, nil, nil)
+	}
+	return pkts.Len(), nil
+}
