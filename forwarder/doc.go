@@ -20,6 +20,10 @@
 // holds are the vector of a sendmsg, downwards recv reads into the buffers that
 // netstack will send.
 //
+// Segments of small requests and answers go past netstack while each is the one that is
+// expected next, and come back to it with the first that is not. A connection that carries
+// much leaves the link for good, see [Inside].
+//
 // # UDP and echo
 //
 // One host socket per guest address and port, whatever the destinations

@@ -36,6 +36,9 @@ const (
 	// fastPatience is how long an acknowledgement may take: more than what a
 	// kernel delays it at most (TCP_DELACK_MAX, 200 ms).
 	fastPatience = 300 * time.Millisecond
+	// minFastMSS is the least that a guest's segments must hold, in bytes: no kernel
+	// offers less (TCP_MIN_MSS).
+	minFastMSS = 88
 	// spareBuffers bounds the memory that is kept for unacknowledged bytes.
 	spareBuffers = 64
 )
@@ -46,7 +49,7 @@ const predicted = header.TCPFlagAck | header.TCPFlagPsh
 // enterFast puts a flow on the fast path, if there is nothing that netstack still has
 // to do for it.
 func (fl *tcpFlow) enterFast() {
-	if fl.turns < manyTurns || fl.fast.on || fl.inbound || !fl.plain() || fl.hand.state != handNot ||
+	if fl.turns < manyTurns || fl.fast.on || fl.inbound || fl.offer.mss < minFastMSS || !fl.plain() || fl.hand.state != handNot ||
 		fl.guestReadable || fl.ev.Load() != 0 || len(fl.carry) > 0 {
 		return
 	}

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -208,10 +209,14 @@ func (t *tracks) remove(fl *tcpFlow) {
 func (t *tcpTable) untrack(fl *tcpFlow) {
 	if tr := t.tracks.of(fl); tr.shifted() && !fl.gone() {
 		t.ended = append(t.ended, fl)
+		t.f.sweepIn(endedPoll)
 		return
 	}
 	t.tracks.remove(fl)
 }
+
+// endedPoll is how often it is looked whether netstack has done with what has ended.
+const endedPoll = 200 * time.Millisecond
 
 // gone reports whether netstack has done with the flow's endpoint.
 func (fl *tcpFlow) gone() bool {
@@ -231,6 +236,9 @@ func (t *tcpTable) sweepEnded() {
 		}
 		return false
 	})
+	if len(t.ended) > 0 {
+		t.f.sweepIn(endedPoll)
+	}
 }
 
 // HandleSegment is called with every segment of the guest's, of which l4 is the header
