@@ -82,6 +82,12 @@ func newNetwork(t testing.TB, o rigOptions) *network {
 		NetworkProtocols:   []gstack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 	})
+	// Where much is lost, netstack as a guest takes the time of its repetitions for the
+	// path's: with its own bound, two minutes, a test may take as long for one segment.
+	patience := tcpip.TCPMaxRTOOption(time.Second)
+	if err := n.guest.SetTransportProtocolOption(tcp.ProtocolNumber, &patience); err != nil {
+		t.Fatal(err)
+	}
 	var link gstack.LinkEndpoint = theirs
 	if o.bad {
 		link = newBadLink(t, theirs)
