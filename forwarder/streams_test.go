@@ -73,8 +73,9 @@ func TestTCPStalledReadersHoldTheirBuffersOnly(t *testing.T) {
 	busy := roundTrips(t, echo, 300)
 	t.Logf("p99 of an echo: %v idle, %v beside %d stalled flows", idle, busy, stalled)
 	// The first 32 flows may hold 2 MB and the others 512 KB. The guest's own
-	// stack is in this process, too, and holds up to 1 MB of each.
-	const bound = 32*(2<<20) + (stalled-32)*(512<<10) + stalled*(1<<20)
+	// stack is in this process, too, and holds up to 1 MB of each. A tenth is for what
+	// is rounded up and for what the collector has yet to find.
+	const bound = (32*(2<<20) + (stalled-32)*(512<<10) + stalled*(1<<20)) / 10 * 11
 	if grown := heapInUse() - heap; grown > bound {
 		t.Errorf("the heap has grown by %d MB, want at most %d", grown>>20, bound>>20)
 	} else {
