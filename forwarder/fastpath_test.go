@@ -34,6 +34,18 @@ func fast(t *testing.T, n *network, c net.Conn, next *byte) {
 	}
 }
 
+// connect makes a connection of the guest's to a port of the host's loopback.
+func connect(t *testing.T, n *network, port uint16) *gonet.TCPConn {
+	t.Helper()
+	c, err := n.dial(at(gateway4, port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(60 * time.Second))
+	return c
+}
+
 // TestFastPathOnABadLink: with segments lost, repeated and overtaken, flows leave the
 // fast path and come back, and every byte arrives once.
 func TestFastPathOnABadLink(t *testing.T) {
@@ -95,12 +107,7 @@ func TestFastPathToAFullServer(t *testing.T) {
 			sum <- err
 		})
 	})
-	c, err := n.dial(at(gateway4, port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(60 * time.Second))
+	c := connect(t, n, port)
 	var next byte
 	fast(t, n, c, &next)
 	c.Write(make([]byte, 4))
@@ -124,12 +131,7 @@ func TestFastPathToAFullGuest(t *testing.T) {
 	const turns, size = 8000, 1000
 	n := newNetwork(t, variants[0].opt)
 	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
-	c, err := n.dial(at(gateway4, port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(60 * time.Second))
+	c := connect(t, n, port)
 	var next byte
 	fast(t, n, c, &next)
 	var requests []byte
@@ -169,11 +171,7 @@ func TestFastPathHalfClosed(t *testing.T) {
 		})
 	})
 	for range 10 {
-		c, err := n.dial(at(gateway4, port))
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.SetDeadline(time.Now().Add(60 * time.Second))
+		c := connect(t, n, port)
 		var next byte
 		fast(t, n, c, &next)
 		c.Write(make([]byte, 4))
@@ -226,12 +224,7 @@ func TestFastPathAndTheLongWay(t *testing.T) {
 	opt.link = func(e *tap.Endpoint) gstack.LinkEndpoint { return &optionLink{Endpoint: e} }
 	n := newNetwork(t, opt)
 	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
-	c, err := n.dial(at(gateway4, port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(60 * time.Second))
+	c := connect(t, n, port)
 	var next byte
 	for i := range 300 {
 		if err := ask(c, 1+i, &next); err != nil {

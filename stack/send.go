@@ -137,18 +137,12 @@ func (s *Stack) WriteTCP(src, dst netip.Addr, h header.TCP, mss int, payload []b
 	defer headers.Put(f)
 	const proto = uint8(header.TCPProtocolNumber)
 	size := len(h) + len(payload)
-	mac := s.neigh.lookup(dst)
 	v := vnet.Header{GSOType: vnet.GSOTCPv4}
-	n := ethLen + header.IPv4MinimumSize
-	if dst.Is4() {
-		s.ethHeader(f[:], mac, uint16(header.IPv4ProtocolNumber))
-		s.ipv4Header(f[ethLen:], src, dst, proto, defaultTTL, size, 0, header.IPv4FlagDontFragment<<13)
-	} else {
+	if dst.Is6() {
 		v.GSOType = vnet.GSOTCPv6
-		n = ethLen + header.IPv6MinimumSize
-		s.ethHeader(f[:], mac, uint16(header.IPv6ProtocolNumber))
-		ipv6Header(f[ethLen:], src, dst, proto, defaultTTL, size)
 	}
+	// Never fragmented, so the identification says nothing (RFC 6864 §4.1).
+	n := s.ipHeaderID(f[:], src, dst, proto, defaultTTL, size, 0, header.IPv4FlagDontFragment<<13)
 	mss = min(mss, int(s.link.MTU())-(n-ethLen)-len(h))
 	t := header.TCP(f[n : n+copy(f[n:], h)])
 	n += len(t)
@@ -266,13 +260,22 @@ func (s *Stack) ethHeader(f []byte, dst [6]byte, proto uint16) {
 // ipHeader writes the Ethernet and IP headers of an unfragmented packet with n
 // bytes behind them and returns their length.
 func (s *Stack) ipHeader(f []byte, src, dst netip.Addr, proto, ttl uint8, n int) int {
+	id := uint16(0)
+	if dst.Is4() {
+		id = uint16(s.ipID.Add(1))
+	}
+	return s.ipHeaderID(f, src, dst, proto, ttl, n, id, 0)
+}
+
+// ipHeaderID is ipHeader with the identification and the flags of IPv4.
+func (s *Stack) ipHeaderID(f []byte, src, dst netip.Addr, proto, ttl uint8, n int, id, flags uint16) int {
 	mac := s.neigh.lookup(dst)
 	if dst.Is4() {
 		if dst == broadcast4 {
 			mac = [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 		}
 		s.ethHeader(f, mac, uint16(header.IPv4ProtocolNumber))
-		s.ipv4Header(f[ethLen:], src, dst, proto, ttl, n, uint16(s.ipID.Add(1)), 0)
+		s.ipv4Header(f[ethLen:], src, dst, proto, ttl, n, id, flags)
 		return ethLen + header.IPv4MinimumSize
 	}
 	s.ethHeader(f, mac, uint16(header.IPv6ProtocolNumber))
