@@ -89,12 +89,7 @@ func TestAnswersAreWhole(t *testing.T) {
 			t.Run(v.name+"/"+test.name, func(t *testing.T) {
 				n := newNetwork(t, v.opt)
 				port := listen(t, func(c *net.TCPConn) { answering(c, test.end) })
-				c, err := n.dial(at(gateway4, port))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer c.Close()
-				c.SetDeadline(time.Now().Add(60 * time.Second))
+				c := connect(t, n, port)
 				r := seeded(t)
 				var next byte
 				for i := range 300 {
@@ -183,12 +178,7 @@ func TestSmallAnswersAreNotAcknowledged(t *testing.T) {
 			info <- i
 		})
 	})
-	c, err := n.dial(at(gateway4, port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(60 * time.Second))
+	c := connect(t, n, port)
 	slow := 0
 	b := make([]byte, 300)
 	for range turns {
