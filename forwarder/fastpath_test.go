@@ -1,12 +1,14 @@
 package forwarder_test
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -215,6 +217,91 @@ func TestFastPathPortsAgain(t *testing.T) {
 		}
 		c.Close()
 	}
+}
+
+// TestFastPathAndStraySYNs: a SYN with the ports of a connection that is alive says
+// nothing about it, whatever its number is. It lives on, and answers it (RFC 5961 §4).
+func TestFastPathAndStraySYNs(t *testing.T) {
+	opt := variants[1].opt
+	var end *tap.Endpoint
+	opt.link = func(e *tap.Endpoint) gstack.LinkEndpoint { end = e; return e }
+	n := newNetwork(t, opt)
+	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+	c := connect(t, n, port)
+	from := uint16(c.LocalAddr().(*net.TCPAddr).Port)
+	var next byte
+	for i := range uint32(64) {
+		fast(t, n, c, &next)
+		if err := writeSYN(end, from, port, i<<26); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Write(make([]byte, 4))
+	if b, err := io.ReadAll(c); len(b) > 0 || err != nil {
+		t.Fatalf("%d bytes and %v after the last answer", len(b), err)
+	}
+}
+
+// writeSYN sends a SYN to the gateway.
+func writeSYN(e *tap.Endpoint, from, to uint16, seq uint32) error {
+	f := make([]byte, header.EthernetMinimumSize+header.IPv4MinimumSize+header.TCPMinimumSize)
+	header.Ethernet(f).Encode(&header.EthernetFields{SrcAddr: tcpip.LinkAddress(guestMAC[:]), DstAddr: tcpip.LinkAddress(gwMAC[:]), Type: header.IPv4ProtocolNumber})
+	ip := header.IPv4(f[header.EthernetMinimumSize:])
+	ip.Encode(&header.IPv4Fields{
+		TotalLength: uint16(len(ip)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
+		SrcAddr: tcpip.AddrFrom4(guest4.As4()), DstAddr: tcpip.AddrFrom4(gateway4.As4()),
+	})
+	ip.SetChecksum(^ip.CalculateChecksum())
+	h := header.TCP(ip.Payload())
+	h.Encode(&header.TCPFields{SrcPort: from, DstPort: to, SeqNum: seq, DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagSyn, WindowSize: 65535})
+	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), uint16(len(h)))))
+	return e.WriteFrame(vnet.Header{}, f, nil, nil)
+}
+
+// TestFastPathForgotten: a guest that has forgotten a connection, as one that was begun
+// anew, makes another from the same port.
+func TestFastPathForgotten(t *testing.T) {
+	opt := variants[0].opt
+	link := &resetLink{}
+	opt.link = func(e *tap.Endpoint) gstack.LinkEndpoint { link.Endpoint = e; return link }
+	n := newNetwork(t, opt)
+	port := listen(t, func(c *net.TCPConn) { answering(c, func(c *net.TCPConn) { c.Close() }) })
+	to, proto := full(at(gateway4, port))
+	from, _ := full(at(guest4, 45679))
+	for i := range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		c, err := gonet.DialTCPWithBind(ctx, n.guest, from, to, proto)
+		cancel()
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		var next byte
+		fast(t, n, c, &next)
+		link.lose.Store(true)
+		n.guest.RegisteredEndpoints()[0].Abort()
+		link.lose.Store(false)
+	}
+}
+
+// resetLink loses the guest's resets while it is told to.
+type resetLink struct {
+	*tap.Endpoint
+
+	lose atomic.Bool
+}
+
+func (l *resetLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
+	for _, p := range pkts.AsSlice() {
+		if h := header.TCP(p.TransportHeader().Slice()); l.lose.Load() && len(h) > 0 && h.Flags().Contains(header.TCPFlagRst) {
+			continue
+		}
+		var one gstack.PacketBufferList
+		one.PushBack(p.IncRef())
+		l.Endpoint.WritePackets(one)
+		one.DecRef()
+	}
+	return pkts.Len(), nil
 }
 
 // TestFastPathAndTheLongWay: segments with IP options go through netstack's IP layer, and

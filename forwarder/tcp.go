@@ -125,6 +125,8 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if accepting {
 		return true // a repeated SYN: the answer is being written
 	}
+	guest := netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort)
+	t.tracks.forget(connection{guest, to})
 	server, reversed := f.reversed(to)
 	dst, v := server.Addr, Verdict{}
 	if !reversed {
@@ -133,7 +135,7 @@ func (f *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		v = f.policy.denies(TCP, dst)
 	}
 	if v.Reason != Allowed {
-		f.denied(TCP, netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort), to, dst, v)
+		f.denied(TCP, guest, to, dst, v)
 		return t.refuse(id, pkt, f.policy.refusal())
 	}
 	if len(t.dials) >= f.cfg.MaxDials {

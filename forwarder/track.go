@@ -20,11 +20,9 @@ import (
 type track struct {
 	guest, own direction
 	up, down   uint32
-	first      uint32 // the sequence number of the guest's SYN
 	offset     uint32 // of own timestamps from netstack's clock, in ms
 	summed     bool   // the guest's last segment had its checksum filled in
 	cut        bool   // nothing passes any more
-	lost       bool   // another connection has the two ends now
 }
 
 // direction is what the segments that one side has sent say.
@@ -88,7 +86,7 @@ func stampsFirst(h header.TCP) bool {
 
 // settled reports whether all that was sent is acknowledged, both ways.
 func (tr *track) settled() bool {
-	return !tr.lost && tr.guest.acked && tr.own.acked && tr.guest.ack == tr.own.end && tr.own.ack == tr.guest.end
+	return tr.guest.acked && tr.own.acked && tr.guest.ack == tr.own.end && tr.own.ack == tr.guest.end
 }
 
 // shifted reports whether netstack's sequence numbers are not the guest's.
@@ -177,8 +175,7 @@ type tracks struct {
 func (t *tracks) add(fl *tcpFlow, syn header.TCP) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	seq := syn.SequenceNumber()
-	fl.track = track{first: seq, guest: direction{end: seq + 1}}
+	fl.track = track{guest: direction{end: syn.SequenceNumber() + 1}}
 	t.flows[fl.connection] = fl
 }
 
@@ -202,6 +199,13 @@ func (t *tracks) remove(fl *tcpFlow) {
 	if t.flows[fl.connection] == fl {
 		delete(t.flows, fl.connection)
 	}
+}
+
+// forget removes the track of a flow whose endpoint is gone, if there is one.
+func (t *tracks) forget(c connection) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.flows, c)
 }
 
 // untrack forgets the track of a flow that has ended. Netstack may still have something
@@ -265,16 +269,12 @@ func (f *Forwarder) HandleSegment(guest, remote netip.Addr, l4, tail []byte, siz
 	tr := &fl.track
 	switch {
 	case h.Flags().Contains(header.TCPFlagSyn):
-		if h.SequenceNumber() != tr.first {
-			fl.forgetFast()
-			tr.lost = true
-			delete(t.flows, fl.connection)
-		}
+		// As long as its endpoint lives netstack only answers it, with what is
+		// translated (RFC 5961 §4). Else it belongs to the next connection.
 		return false
 	case tr.cut:
 		return true
-	}
-	if fl.fast.on {
+	case fl.fast.on:
 		t.mu.Unlock()
 		done := fl.receiveFast(h, l4[off:], tail, size-off, summed)
 		t.mu.Lock()
