@@ -2,9 +2,11 @@ package main
 
 import (
 	"os"
+	"os/signal"
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +21,10 @@ import (
 //
 //	shell's fg ─► usernet's group ─start, resume─► command's group
 //	        ◄─────────────────────◄─stopped, ended─┘
+//
+// The command cannot have it before there is one, and by then it may have told
+// somebody to press a key. So while it starts the terminal is this process's, in
+// whose group nobody else is, and the keys are passed on.
 type job struct {
 	process *os.Process
 	home    int // usernet's group
@@ -38,25 +44,52 @@ func (j *job) start(command []string) (status int, err error) {
 		return exitFailure, err
 	}
 	j.tty, _ = os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0)
+	keys := make(chan os.Signal, 8)
+	notify(keys, []syscall.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGTSTP})
+	own := unix.Getpgrp()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.give(j.home, own)
 	j.process, err = os.StartProcess(path, command, &os.ProcAttr{
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 		Sys:   &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL},
 	})
 	if err != nil {
+		j.take()
 		return startError(command[0], err)
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.give()
+	if !j.given {
+		signal.Stop(keys)
+		return 0, nil
+	}
+	j.give(own, j.process.Pid)
+	go j.passKeys(keys)
 	return 0, nil
 }
 
-// give hands the terminal to the command if it is usernet's. It may be late: a
-// command that has asked for it before is stopped, which stopped sees.
-func (j *job) give() {
-	if j.tty != nil && foreground(j.tty) == j.home {
-		setForeground(j.tty, j.process.Pid)
+// give hands the terminal from one group to another if it has it. To the command
+// that may be late: one that has asked for it before is stopped, which stopped sees.
+func (j *job) give(from, to int) {
+	if j.tty != nil && foreground(j.tty) == from {
+		setForeground(j.tty, to)
 		j.given = true
+	}
+}
+
+// lateKeys is how long the signal of a key may be on its way to this process.
+const lateKeys = time.Second
+
+// passKeys passes on what keys were pressed while the command started.
+func (j *job) passKeys(keys chan os.Signal) {
+	late := time.After(lateKeys)
+	for {
+		select {
+		case s := <-keys:
+			j.signalGroup(s.(syscall.Signal))
+		case <-late:
+			signal.Stop(keys)
+			return
+		}
 	}
 }
 
@@ -78,7 +111,7 @@ func (j *job) stopped(by syscall.Signal) bool {
 	}
 	if fg := foreground(j.tty); by == unix.SIGTTIN || by == unix.SIGTTOU {
 		if fg == j.home || fg == j.process.Pid {
-			j.give()
+			j.give(j.home, j.process.Pid)
 			j.signalGroup(unix.SIGCONT)
 			return false
 		}
@@ -91,7 +124,7 @@ func (j *job) stopped(by syscall.Signal) bool {
 func (j *job) resume() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.give()
+	j.give(j.home, j.process.Pid)
 	j.signalGroup(unix.SIGCONT)
 }
 
