@@ -296,10 +296,7 @@ func (l *resetLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error
 		if h := header.TCP(p.TransportHeader().Slice()); l.lose.Load() && len(h) > 0 && h.Flags().Contains(header.TCPFlagRst) {
 			continue
 		}
-		var one gstack.PacketBufferList
-		one.PushBack(p.IncRef())
-		l.Endpoint.WritePackets(one)
-		one.DecRef()
+		writePacket(l.Endpoint, p)
 	}
 	return pkts.Len(), nil
 }
@@ -343,10 +340,7 @@ func (l *optionLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Erro
 	defer l.mu.Unlock()
 	for _, p := range pkts.AsSlice() {
 		if l.n++; l.n%11 != 0 || p.NetworkProtocolNumber != header.IPv4ProtocolNumber {
-			var one gstack.PacketBufferList
-			one.PushBack(p.IncRef())
-			l.Endpoint.WritePackets(one)
-			one.DecRef()
+			writePacket(l.Endpoint, p)
 			continue
 		}
 		const l3 = header.EthernetMinimumSize

@@ -193,14 +193,14 @@ func (l *badLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) 
 		switch n := l.r.IntN(100); {
 		case n < 2:
 		case n < 4:
-			l.write(p)
-			l.write(p)
+			writePacket(l.Endpoint, p)
+			writePacket(l.Endpoint, p)
 		case n < 7 && l.later == nil:
 			l.later = p.Clone()
 		default:
-			l.write(p)
+			writePacket(l.Endpoint, p)
 			if l.later != nil {
-				l.write(l.later)
+				writePacket(l.Endpoint, l.later)
 				l.later.DecRef()
 				l.later = nil
 			}
@@ -209,10 +209,11 @@ func (l *badLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) 
 	return pkts.Len(), nil
 }
 
-func (l *badLink) write(p *gstack.PacketBuffer) {
+// writePacket writes p alone, which stays the caller's.
+func writePacket(e *tap.Endpoint, p *gstack.PacketBuffer) {
 	var one gstack.PacketBufferList
 	one.PushBack(p.IncRef())
-	l.Endpoint.WritePackets(one)
+	e.WritePackets(one)
 	one.DecRef()
 }
 
