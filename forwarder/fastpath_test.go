@@ -280,11 +280,15 @@ func TestFastPathForgotten(t *testing.T) {
 		fast(t, n, c, &next)
 		link.lose.Store(true)
 		n.guest.RegisteredEndpoints()[0].Abort()
-		link.lose.Store(false)
+		for end := time.Now().Add(10 * time.Second); link.lose.Load(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("connection %d: the guest has sent no reset to be lost", i)
+			}
+		}
 	}
 }
 
-// resetLink loses the guest's resets while it is told to.
+// resetLink loses the guest's next reset when it is told to.
 type resetLink struct {
 	*tap.Endpoint
 
@@ -293,7 +297,7 @@ type resetLink struct {
 
 func (l *resetLink) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
 	for _, p := range pkts.AsSlice() {
-		if h := header.TCP(p.TransportHeader().Slice()); l.lose.Load() && len(h) > 0 && h.Flags().Contains(header.TCPFlagRst) {
+		if h := header.TCP(p.TransportHeader().Slice()); len(h) > 0 && h.Flags().Contains(header.TCPFlagRst) && l.lose.CompareAndSwap(true, false) {
 			continue
 		}
 		writePacket(l.Endpoint, p)
